@@ -1,0 +1,165 @@
+"""The public functions: validate, allocate, launch.
+
+Engines call these thousands of times a second, so a good call takes the short way: one quick test,
+in which the `RouterSpec` is looked up and not made, and two allocations.
+"""
+
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from cute_router import reference
+from cute_router.spec import RouterSpec, Routing, Scoring
+from cute_router.validate import check_plain, quick, thorough
+
+
+def dense_decode(
+    x: Tensor,
+    W: Tensor,
+    bias: Tensor | None = None,
+    *,
+    top_k: int = 6,
+    routed_scaling_factor: float = 1.0,
+    scoring: Scoring = "sqrtsoftplus",
+    renormalize: bool = True,
+    n_group: int = 1,
+    topk_group: int = 1,
+    batch_invariant: bool = False,
+    pdl: bool = True,
+    out_weights: Tensor | None = None,
+    out_ids: Tensor | None = None,
+) -> Routing:
+    """Choose and weigh the experts of each token, from hidden states, in one kernel launch.
+
+    With l = x Wᵀ and a = sqrt(softplus(l)) (or sigmoid, or softmax), a token's experts are the
+    `top_k` of highest a + bias, equals by ascending id; their weights are
+    a / sum(a) * routed_scaling_factor, the sum over the chosen ones. This is the gate of
+    DeepSeek-V4 (of DeepSeek-V3 with `scoring="sigmoid"` and groups). `cute_router.reference` is the
+    specification in fp64, NaN and infinities included. The kernel is tuned for N up to 64; any N
+    works.
+
+    Args:
+        x: hidden states, bf16 [N, K]; N may be 0. K is a multiple of 8.
+        W: router weights, bf16 [E, K], on x's device; E from 1 to 1024. Of x and W the last
+            dimension has unit stride, the base address is a multiple of 16 bytes, and the row
+            stride is a multiple of 8 elements (of any value where there is one row).
+        bias: fp32 [E], contiguous, or None; added for the choice only, never to the weights.
+        top_k: experts per token, 1 to 32, at most E.
+        routed_scaling_factor: multiplies every weight; finite and not negative. A run-time value:
+            a new one compiles nothing.
+        scoring: "sqrtsoftplus", "sigmoid" or "softmax" (over all E experts).
+        renormalize: divide a token's weights by their sum; where that is 0 they are 0.
+        n_group, topk_group: with `n_group` > 1, the experts fall into that many equal groups, and
+            only those of the `topk_group` groups with the highest sum of two best scores (ties to
+            the lower group) can be chosen.
+        batch_invariant: fix the order of every sum by (E, K, architecture) alone, so that a
+            token's bits do not depend on N or on the other tokens. Without it the bits are still
+            the same from call to call with the same inputs.
+        pdl: launch under programmatic dependent launch: the kernel may start before the one ahead
+            of it in the stream has ended, and then waits for it before reading x and before
+            writing anything. W and bias are read before that wait: pass False where the kernel
+            immediately ahead writes either.
+        out_weights, out_ids: where to write the result, contiguous fp32 and int32 [N, k] on x's
+            device; allocated if None. They must not overlap the inputs.
+
+    Returns:
+        Routing(weights fp32 [N, k], ids int32 [N, k]), columns by descending a + bias. The ids are
+        distinct and in [0, E) whatever the input. No gradient flows through either.
+
+    Raises:
+        TypeError: an argument of a wrong type or dtype.
+        ValueError: a wrong shape, stride, alignment, device or value. Both name the argument, what
+            was wanted and what was got, and are the same on every device.
+
+    CUDA tensors run the kernels of `backend_for(x.device)`; CPU tensors run the fp64 reference.
+    """
+    options = (top_k, scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
+    call = (x, W, bias, routed_scaling_factor, options)
+    N, spec = quick(*call) or thorough(*call)
+    result = _output(x, N, top_k, out_weights, out_ids)
+    if N > 0:
+        launch = _cuda_decode() if x.is_cuda else _cpu_decode
+        launch(x, W, bias, *result, spec, float(routed_scaling_factor), batch_invariant, pdl)
+    return result
+
+
+def _output(
+    x: Tensor, N: int, k: int, out_weights: Tensor | None, out_ids: Tensor | None
+) -> Routing:
+    """The caller's output tensors, checked, or new ones."""
+    device = x.device
+    if out_weights is None:
+        # Sizes as separate arguments: a tuple costs 0.7 us more in torch's argument parser.
+        weights = torch.empty(N, k, dtype=torch.float32, device=device)
+    else:
+        check_plain("out_weights", out_weights, (N, k), torch.float32, device)
+        weights = out_weights
+    if out_ids is None:
+        ids = torch.empty(N, k, dtype=torch.int32, device=device)
+    else:
+        check_plain("out_ids", out_ids, (N, k), torch.int32, device)
+        ids = out_ids
+    return Routing(weights, ids)
+
+
+class Launch(Protocol):
+    """What a backend offers: fill `weights` and `ids` from arguments that are already checked."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        W: Tensor,
+        bias: Tensor | None,
+        weights: Tensor,
+        ids: Tensor,
+        spec: RouterSpec,
+        routed_scaling_factor: float,
+        batch_invariant: bool,
+        pdl: bool,
+        /,
+    ) -> None:
+        """Queue the work on the current stream of x's device."""
+
+
+@lru_cache(maxsize=1)
+def _cuda_decode() -> Launch:
+    """The CUDA backend, imported at its first call: it brings the kernel compiler with it."""
+    from cute_router.gemm import decode
+
+    launch: Launch = decode.launch
+    return launch
+
+
+@torch.no_grad()
+def _cpu_decode(
+    x: Tensor,
+    W: Tensor,
+    bias: Tensor | None,
+    weights: Tensor,
+    ids: Tensor,
+    spec: RouterSpec,
+    routed_scaling_factor: float,
+    batch_invariant: bool,
+    pdl: bool,
+) -> None:
+    """The reference as a backend. There is no launch to overlap: `pdl` has no effect."""
+    # A matrix product's order of summation can depend on its number of rows; one row's cannot.
+    step = 1 if batch_invariant else x.shape[0]
+    for rows, rows_weights, rows_ids in zip(
+        x.split(step), weights.split(step), ids.split(step), strict=True
+    ):
+        result = reference.route(
+            rows,
+            W,
+            bias,
+            top_k=spec.top_k,
+            routed_scaling_factor=routed_scaling_factor,
+            scoring=spec.scoring,
+            renormalize=spec.renormalize,
+            n_group=spec.n_group,
+            topk_group=spec.topk_group,
+        )
+        rows_weights.copy_(result.weights)
+        rows_ids.copy_(result.ids)

@@ -1,0 +1,176 @@
+"""What the dense functions accept, checked twice over.
+
+`quick` says yes to a call as it should be, in a dozen attribute reads; engines pay for it thousands
+of times a second. `thorough` goes through the arguments one by one and raises for the first wrong
+one, naming the argument, what was wanted and what was got. `quick` may be too strict, never too
+lenient: where it says no, `thorough` decides.
+"""
+
+from functools import lru_cache
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cute_router.spec import (
+    HIDDEN_MULTIPLE,
+    MAX_EXPERTS,
+    RouterSpec,
+    Scoring,
+    check_bool,
+    type_name,
+)
+
+ALIGNMENT = 16  # bytes: what TMA asks of a base address; HIDDEN_MULTIPLE is as much of a stride
+FP32_MAX = torch.finfo(torch.float32).max
+
+
+# The keyword options of a dense function, in the order of its signature:
+# top_k, scoring, renormalize, n_group, topk_group, batch_invariant, pdl.
+Options = tuple[int, Scoring, bool, int, int, bool, bool]
+
+
+# typed: without it True would find the entry of 1, and 6.0 that of 6.
+@lru_cache(maxsize=1024, typed=True)
+def spec_of(
+    E: int,
+    K: int,
+    has_bias: bool,
+    top_k: int,
+    scoring: Scoring,
+    renormalize: bool,
+    n_group: int,
+    topk_group: int,
+    batch_invariant: bool,
+    pdl: bool,
+) -> RouterSpec:
+    """The spec of a call, made once; the options that are no part of it are checked on the way."""
+    check_bool("batch_invariant", batch_invariant)
+    check_bool("pdl", pdl)
+    return RouterSpec(E, K, top_k, scoring, renormalize, has_bias, n_group, topk_group)
+
+
+def quick(
+    x: Tensor, W: Tensor, bias: Tensor | None, factor: float, options: Options
+) -> tuple[int, RouterSpec] | None:
+    """(N, spec) of a call that is plainly right, else None; raises nothing."""
+    try:
+        N, K = x.shape
+        E, K_W = W.shape
+        device = x.device
+        if (
+            K == K_W
+            and (x.is_contiguous() or rows_fit(x))
+            and (W.is_contiguous() or rows_fit(W))
+            and x.data_ptr() % ALIGNMENT == W.data_ptr() % ALIGNMENT == 0
+            and x.dtype is W.dtype is torch.bfloat16
+            and (x.is_cuda or x.is_cpu)
+            and W.device == device
+            and (
+                bias is None
+                or (
+                    bias.dtype is torch.float32
+                    and bias.shape == (E,)
+                    and bias.is_contiguous()
+                    and bias.device == device
+                )
+            )
+            and (factor.__class__ is float or factor.__class__ is int)
+            and 0 <= factor <= FP32_MAX
+        ):
+            # A contiguous matrix fits as it is: the spec admits only K in whole strides.
+            return N, spec_of(E, K, bias is not None, *options)
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        # Not a tensor, not 2-D, without strides, an unhashable or refused option.
+        pass
+    return None
+
+
+def thorough(x: Any, W: Any, bias: Any, factor: Any, options: Options) -> tuple[int, RouterSpec]:
+    """(N, spec) of any call that is right; `ValueError` or `TypeError` for one that is not."""
+    check_matrix("W", W, "(E, K)")
+    E, K = W.shape
+    if not 1 <= E <= MAX_EXPERTS:
+        raise ValueError(f"W must be (E, K) with E from 1 to {MAX_EXPERTS}; got {sizes(W)}")
+    if K < 1 or K % HIDDEN_MULTIPLE:
+        raise ValueError(
+            f"W must be (E, K) with K a positive multiple of {HIDDEN_MULTIPLE}; got {sizes(W)}"
+        )
+    check_matrix("x", x, f"(N, K={K})")
+    if x.shape[1] != K:
+        raise ValueError(f"x must be (N, K={K}) to match W; got {sizes(x)}")
+    if not (x.is_cuda or x.is_cpu):
+        raise ValueError(f"x must be on a CUDA device or the CPU; got {x.device}")
+    check_device("W", W, x.device)
+    if bias is not None:
+        check_plain("bias", bias, (E,), torch.float32, x.device)
+    check_factor("routed_scaling_factor", factor)
+    return x.shape[0], spec_of.__wrapped__(E, K, bias is not None, *options)
+
+
+def rows_fit(t: Tensor) -> bool:
+    """Whether TMA can load the rows of a matrix: unit stride within, whole strides between."""
+    row_stride, unit_stride = t.stride()
+    return unit_stride == 1 and (row_stride % HIDDEN_MULTIPLE == 0 or t.shape[0] <= 1)
+
+
+def check_matrix(name: str, t: Any, wanted: str) -> None:
+    """Raise unless `t` is a bf16 matrix as TMA loads it."""
+    check_tensor(name, t)
+    if t.dtype is not torch.bfloat16:
+        raise TypeError(f"{name} must be torch.bfloat16; got {t.dtype}")
+    if t.ndim != 2:
+        raise ValueError(f"{name} must be 2-D {wanted}; got {t.ndim}-D {sizes(t)}")
+    if not rows_fit(t):
+        raise ValueError(
+            f"{name} must be {wanted} with K contiguous and a row stride that is a multiple of"
+            f" {HIDDEN_MULTIPLE}; got shape {sizes(t)}, strides {t.stride()}"
+        )
+    offset = t.data_ptr() % ALIGNMENT
+    if offset:
+        raise ValueError(
+            f"{name} must start at a multiple of {ALIGNMENT} bytes; got one plus {offset} bytes"
+        )
+
+
+def check_plain(
+    name: str, t: Any, wanted: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Raise unless `t` is a contiguous tensor of this shape and dtype on this device."""
+    check_tensor(name, t)
+    if t.dtype is not dtype:
+        raise TypeError(f"{name} must be {dtype}; got {t.dtype}")
+    if t.shape != wanted:
+        raise ValueError(f"{name} must have shape {wanted}; got {sizes(t)}")
+    if not t.is_contiguous():
+        raise ValueError(f"{name} must be contiguous; got strides {t.stride()}")
+    check_device(name, t, device)
+
+
+def check_tensor(name: str, t: Any) -> None:
+    """Raise unless `t` is a dense torch tensor."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type_name(t)}")
+    if t.layout is not torch.strided:
+        raise ValueError(f"{name} must be a dense (strided) tensor; got layout {t.layout}")
+
+
+def check_device(name: str, t: Tensor, device: torch.device) -> None:
+    """Raise unless `t` is where x is."""
+    if t.device != device:
+        raise ValueError(f"{name} must be on {device} as x is; got {t.device}")
+
+
+def check_factor(name: str, factor: Any) -> None:
+    """Raise unless `factor` is a number, zero or more, that fp32 holds."""
+    is_number = isinstance(factor, Real) and not isinstance(factor, bool)
+    if not is_number:
+        raise TypeError(f"{name} must be a float; got {type_name(factor)}")
+    if not 0 <= factor <= FP32_MAX:
+        raise ValueError(f"{name} must be finite (in fp32) and not negative; got {factor}")
+
+
+def sizes(t: Tensor) -> tuple[int, ...]:
+    """The shape of `t`, as error messages print it."""
+    return tuple(t.shape)

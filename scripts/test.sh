@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Checks style and types, then runs the tests; those that need a GPU skip where there is none.
+# Arguments go to pytest: scripts/test.sh -k reference
+source "$(dirname "$0")/venv.sh"
+need test
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/mypy
+exec .venv/bin/python -m pytest "$@"
