@@ -1,0 +1,144 @@
+"""How everything here is timed, and the record of where.
+
+Device time: one CUDA graph of at least 20 calls, replayed 30 times; the median time of a replay
+over its number of calls. The calls rotate through buffers that together exceed the L2 cache, as the
+weights of a model's layers do. Host time: the wall clock over batches of calls that nothing waits
+for in between, each short enough to fit the launch queue.
+"""
+
+import datetime
+import importlib.metadata
+import math
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import cute_router
+
+CALLS = 20  # in one graph, at least
+REPLAYS = 30
+ROTATED_BYTES = 80 * 2**20  # an H200's L2 holds 60 MB
+HOST_CALLS = 200  # in one batch; the launch queue holds about 1,000
+HOST_BATCHES = 30
+
+METHOD = (
+    f"one CUDA graph of at least {CALLS} calls, replayed {REPLAYS} times, median time per call;"
+    f" buffers rotate through at least {ROTATED_BYTES // 2**20} MiB"
+)
+PACKAGES = ("torch", "nvidia-cutlass-dsl", "apache-tvm-ffi", "triton")
+
+
+def buffers_for(nbytes: int) -> int:
+    """How many buffers of this size the calls must rotate through."""
+    return max(2, math.ceil(ROTATED_BYTES / nbytes))
+
+
+def graph_us(call: Callable[[int], object], buffers: int) -> float:
+    """Median microseconds of `call(i)`, with i rotating through range(buffers)."""
+    calls = max(buffers, CALLS)
+    # Whatever compiles or allocates once does so here: in a capture it could not. A side stream,
+    # because libraries keep workspaces for each stream and captures use another one too.
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for i in range(buffers):
+            call(i)
+    torch.cuda.synchronize()
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(calls):
+            call(i % buffers)
+    for _ in range(3):
+        graph.replay()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    times = []
+    for _ in range(REPLAYS):
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / calls)
+    return statistics.median(times)
+
+
+def host_us(call: Callable[[], object]) -> float:
+    """Median microseconds that the calling thread spends in one call."""
+    for _ in range(HOST_CALLS):
+        call()
+    times = []
+    for _ in range(HOST_BATCHES):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(HOST_CALLS):
+            call()
+        times.append((time.perf_counter() - start) * 1e6 / HOST_CALLS)
+    torch.cuda.synchronize()
+    return statistics.median(times)
+
+
+def environment(commit: str | None = None) -> dict[str, str | bool | None]:
+    """Where and on what the numbers were measured.
+
+    `commit` names the source where the files are not in a git checkout; there is then no telling
+    whether they were changed, and `dirty` is None.
+    """
+    versions = {name.replace("-", "_"): version(name) for name in PACKAGES}
+    head, status = git("rev-parse", "HEAD"), git("status", "--porcelain")
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "sm_clock": sm_clock_under_load(),
+        "driver": nvidia_smi("driver_version"),
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        **versions,
+        "cute_router": cute_router.__version__,
+        "commit": head or commit,
+        "dirty": None if head is None else bool(status),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def version(package: str) -> str:
+    """The installed version of a distribution, or "absent"."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def sm_clock_under_load() -> str | None:
+    """The SM clock while the GPU works; an idle one reads a fraction of it."""
+    a = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
+    b = torch.empty_like(a)
+    for _ in range(400):  # about half a second on an H200, longer than the query takes
+        torch.mm(a, a, out=b)
+    clock = nvidia_smi("clocks.sm")
+    torch.cuda.synchronize()
+    return clock
+
+
+def nvidia_smi(field: str) -> str | None:
+    """One field of what nvidia-smi says of the current device."""
+    index = str(torch.cuda.current_device())
+    text = output_of("nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader", "-i", index)
+    return text or None
+
+
+def git(*arguments: str) -> str | None:
+    """What git says of this checkout, or None."""
+    return output_of("git", "-C", str(Path(__file__).parent), *arguments)
+
+
+def output_of(*command: str) -> str | None:
+    """What a program prints, or None where it is absent or fails."""
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()

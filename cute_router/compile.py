@@ -1,0 +1,187 @@
+"""The one place that compiles: configuration in, callable kernel out.
+
+    kernel(config)    in this process?  ->  in the disk cache?  ->  compile, publish  ->  load
+
+A configuration is a frozen dataclass and is the key of both caches. Kernels are exported as object
+files and loaded back as raw tvm-ffi functions, the shortest launch path there is; so a cache filled
+on a machine without a GPU, for any target, serves one that has it.
+
+A cached file carries the digest of its contents in its name and appears by an atomic rename: one
+that is torn, corrupt or foreign does not match its name, and counts as absent.
+"""
+
+import hashlib
+import importlib
+import os
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cute_router.spec import RouterSpec
+
+CACHE_VARIABLE = "CUTE_ROUTER_CACHE_DIR"
+
+# The DSL's compiler is not thread-safe: two at once abort the process.
+_lock = threading.RLock()
+_loaded: dict[Any, Callable[..., None]] = {}
+
+# Where the kernel of a configuration class is traced: module, holding `trace(config)`.
+TRACERS = {
+    "DecodeConfig": "cute_router.gemm.decode_kernel",
+    "GateConfig": "cute_router.topk.gate_kernel",
+}
+
+
+def kernel(config: Any) -> Callable[..., None]:
+    """The kernel of `config`, a raw tvm-ffi function; compiled at most once in a cache's life."""
+    function = _loaded.get(config)
+    if function is None:
+        with _lock:
+            function = _loaded.get(config)
+            if function is None:
+                function = _loaded[config] = _load(object_file(config), symbol(config))
+    return function
+
+
+def object_file(config: Any) -> Path:
+    """The object file of `config`'s kernel, from the disk cache or newly compiled into it."""
+    with _lock:
+        return _find(cache_dir(), symbol(config)) or _compile(config)
+
+
+def symbol(config: Any) -> str:
+    """The kernel's name: it changes with anything that can change its code."""
+    text = f"{_toolchain()}|{config!r}"
+    return f"cute_router_{hashlib.sha256(text.encode()).hexdigest()[:24]}"
+
+
+def cache_dir() -> Path:
+    """Where compiled kernels are kept: $CUTE_ROUTER_CACHE_DIR, or in the user's cache folder."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    if chosen:
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "cute_router"
+
+
+@lru_cache(maxsize=1)
+def _toolchain() -> str:
+    """Versions and sources that go into a kernel: the DSL and its CUDA flavour, tvm-ffi, ours."""
+    import cutlass
+    import tvm_ffi
+
+    root = Path(__file__).parent
+    sources = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        sources.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    cuda = cutlass.CUDA_VERSION
+    return f"{cutlass.__version__}|{cuda}|{tvm_ffi.__version__}|{sources.hexdigest()}"
+
+
+def _find(folder: Path, name: str) -> Path | None:
+    """A file of kernel `name` whose contents match the digest in its file name."""
+    for path in sorted(folder.glob(f"{name}-*.o")):
+        try:
+            if path.name == _file_name(name, path.read_bytes()):
+                return path
+        except OSError:
+            continue
+    return None
+
+
+def _file_name(name: str, contents: bytes) -> str:
+    return f"{name}-{hashlib.sha256(contents).hexdigest()[:24]}.o"
+
+
+def _compile(config: Any) -> Path:
+    """Compile `config` into the cache; into a temporary folder where the cache takes no file."""
+    compiled = trace_and_compile(config)
+    name = symbol(config)
+    for folder in (cache_dir(), _fallback_dir()):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as build:
+                draft = Path(build) / "kernel.o"
+                compiled.export_to_c(str(draft), function_name=name)
+                target = folder / _file_name(name, draft.read_bytes())
+                os.replace(draft, target)
+            return target
+        except OSError as error:
+            _warn_once(f"cute_router cannot keep compiled kernels in {folder}: {error}")
+    raise RuntimeError(f"no folder takes the compiled kernel of {config}")
+
+
+def trace_and_compile(config: Any, options: str = "") -> Any:
+    """Compile `config` with extra compiler `options`; what the cache does without any."""
+    import cutlass.cute as cute
+
+    with _lock:
+        entry, arguments = importlib.import_module(TRACERS[type(config).__name__]).trace(config)
+        flags = f"--gpu-arch {config.arch} --enable-tvm-ffi {options}"
+        return cute.compile(entry, *arguments, options=flags)
+
+
+def _load(path: Path, name: str) -> Callable[..., None]:
+    import cutlass.cute as cute
+
+    function: Callable[..., None] = cute.runtime.load_module(str(path), enable_tvm_ffi=True)[name]
+    return function
+
+
+@lru_cache(maxsize=1)
+def _fallback_dir() -> Path:
+    return Path(tempfile.mkdtemp(prefix="cute_router-"))
+
+
+@lru_cache(maxsize=8)
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def warmup(
+    spec: RouterSpec,
+    tokens: Iterable[int] = (1, 16, 32, 64),
+    device: torch.device | str = "cuda",
+    *,
+    batch_invariant: bool = False,
+    pdl: bool = True,
+) -> None:
+    """Compile and load the `dense_decode` kernels of `spec`, and run each once on zeros.
+
+    Call it before capturing CUDA graphs: nothing can be compiled or loaded inside a capture. On
+    the CPU there is nothing to do.
+
+    Args:
+        spec: the router.
+        tokens: batch sizes N that will be used; sizes that share a kernel cost nothing more.
+        device: the CUDA device, "cuda" for the current one.
+        batch_invariant, pdl: as they will be given to `dense_decode`.
+    """
+    from cute_router.functional import dense_decode
+
+    device = torch.device(device)
+    if device.type == "cpu":
+        return
+    bf16 = {"dtype": torch.bfloat16, "device": device}
+    W = torch.zeros(spec.num_experts, spec.hidden_size, **bf16)  # type: ignore[arg-type]
+    bias = torch.zeros(spec.num_experts, device=device) if spec.has_bias else None
+    for N in tokens:
+        dense_decode(
+            torch.zeros(N, spec.hidden_size, **bf16),  # type: ignore[arg-type]
+            W,
+            bias,
+            top_k=spec.top_k,
+            scoring=spec.scoring,
+            renormalize=spec.renormalize,
+            n_group=spec.n_group,
+            topk_group=spec.topk_group,
+            batch_invariant=batch_invariant,
+            pdl=pdl,
+        )
+    torch.cuda.synchronize(device)

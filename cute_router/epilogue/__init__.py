@@ -1,0 +1,1 @@
+"""What follows a router's GEMM: activation, choice, weights."""

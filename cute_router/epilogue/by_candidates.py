@@ -1,0 +1,167 @@
+"""Choice by candidates: the k best of each group of 64 experts, then the k best of those.
+
+    every owner CTA      logit -> activation, key -> rank among its group of 64 -> k candidates
+    the one that merges  candidates of all groups -> rank among them -> ids, weights
+
+An expert among a token's k best is among the k best of its group, so nothing else needs to travel.
+Both steps count (`topk.rank`), one thread an entry. Candidates are kept in the order (group, place),
+in which equal keys stand by ascending expert: at both steps a tie goes to the lower index.
+"""
+
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Uint32
+
+from cute_router.epilogue.owner import Outputs, Owner
+from cute_router.epilogue.scoring import activate
+from cute_router.epilogue.weights import weight
+from cute_router.gemm.config import GROUP, DecodeConfig
+from cute_router.gemm.exchange import packet, receive, send, word
+from cute_router.topk.key import REMOVED, key
+from cute_router.topk.rank import rank
+
+
+class Candidates(NamedTuple):
+    """Shared memory of the choice; c runs over the token columns of this CTA."""
+
+    sTileKeys: cute.Tensor  # (MT, c) keys of this tile's experts
+    sTileActs: cute.Tensor  # (MT, c) their activations
+    sKeys: cute.Tensor  # (M, c) keys of the candidates of all tiles
+    sActs: cute.Tensor  # (M, c) their activations
+    sIds: cute.Tensor  # (M, c) their experts
+    sChosen: cute.Tensor  # (k, c) activations of the chosen ones
+
+
+class ByCandidates:
+    """For scorings that look at one logit at a time, without expert groups."""
+
+    def __init__(self, config: DecodeConfig, barrier):
+        self.cfg = config
+        self.barrier = barrier  # of the epilogue's threads
+        self.per_tile = config.tile_experts // GROUP * config.spec.top_k
+        self.real = config.expert_tiles * self.per_tile  # candidates of a token, unpadded
+
+    def allocate(self, smem) -> Candidates:
+        """Shared memory for the choice."""
+        c = self.cfg
+
+        def table(dtype, rows):
+            return smem.allocate_tensor(dtype, cute.make_layout((rows, c.owned)), 16)
+
+        return Candidates(
+            table(Uint32, c.tile_experts),
+            table(Float32, c.tile_experts),
+            table(Uint32, c.candidates),
+            table(Float32, c.candidates),
+            table(Int32, c.candidates),
+            table(Float32, c.spec.top_k),
+        )
+
+    @cute.jit
+    def put(
+        self,
+        s: Candidates,
+        tile: Int32,
+        expert: Int32,
+        column: Int32,
+        logit: Float32,
+        bias: Float32,
+    ) -> None:
+        """Take in the logit of one of this tile's experts for one column."""
+        c = self.cfg
+        activation = activate(logit, c.spec.scoring)
+        k = key(activation + bias)
+        if cutlass.const_expr(c.spec.num_experts % c.tile_experts != 0):
+            real = tile * c.tile_experts + expert < c.spec.num_experts
+            k = cutlass.select_(real, k, Uint32(REMOVED))
+        s.sTileActs[expert, column] = activation
+        s.sTileKeys[expert, column] = k
+
+    @cute.jit
+    def finish(self, s: Candidates, mScratch: cute.Tensor, o: Owner, out: Outputs) -> None:
+        """Rank, exchange, rank again, weigh. All logits are in and the threads have met."""
+        c = self.cfg
+        self.clear_padding(s, o.tid)
+        item = o.tid
+        while item < c.tile_experts * o.columns:
+            self.offer(s, mScratch, o, item % c.tile_experts, item // c.tile_experts)
+            item = item + c.epilogue_threads
+        if o.merging:
+            if cutlass.const_expr(c.expert_tiles > 1):
+                self.collect(s, mScratch, o)
+            self.barrier.arrive_and_wait()
+            self.choose(s, o, out)
+            self.barrier.arrive_and_wait()
+            self.weigh(s, o, out)
+
+    @cute.jit
+    def clear_padding(self, s: Candidates, tid: Int32) -> None:
+        """Rank the slots that round the candidates up to whole quads behind all others."""
+        for column in cutlass.range_constexpr(self.cfg.owned):
+            if tid < self.cfg.candidates - self.real:
+                s.sKeys[self.real + tid, column] = Uint32(REMOVED)
+
+    @cute.jit
+    def offer(
+        self, s: Candidates, mScratch: cute.Tensor, o: Owner, expert: Int32, column: Int32
+    ) -> None:
+        """Rank one expert in its group; one of the k best becomes a candidate."""
+        c = self.cfg
+        mine, activation = s.sTileKeys[expert, column], s.sTileActs[expert, column]
+        group = cute.local_tile(s.sTileKeys[(None, column)], (GROUP,), (expert // GROUP,))
+        place = rank(group, expert % GROUP, mine)
+        if place < c.spec.top_k:
+            slot = o.tile * self.per_tile + expert // GROUP * c.spec.top_k + place
+            name = o.tile * c.tile_experts + expert
+            if o.merging:
+                s.sKeys[slot, column] = mine
+                s.sActs[slot, column] = activation
+                s.sIds[slot, column] = name
+            else:
+                to = packet(mScratch, (o.first_token + column) * self.real + slot)
+                send(to, mine.bitcast(Int32), word(activation), name, Int32(0))  # no key is EMPTY
+
+    @cute.jit
+    def collect(self, s: Candidates, mScratch: cute.Tensor, o: Owner) -> None:
+        """Receive the candidates of the other tiles."""
+        c = self.cfg
+        remote = self.real - self.per_tile
+        words = cute.make_rmem_tensor(4, Int32)
+        # Backwards: with few columns the last threads had no expert to rank, and wait meanwhile.
+        item = c.epilogue_threads - 1 - o.tid
+        while item < remote * o.columns:
+            slot, column = item % remote, item // remote
+            slot = cutlass.select_(slot >= o.tile * self.per_tile, slot + self.per_tile, slot)
+            receive(packet(mScratch, (o.first_token + column) * self.real + slot), words)
+            s.sKeys[slot, column] = words[0].bitcast(Uint32)
+            s.sActs[slot, column] = words[1].bitcast(Float32)
+            s.sIds[slot, column] = words[2]
+            item = item + c.epilogue_threads
+
+    @cute.jit
+    def choose(self, s: Candidates, o: Owner, out: Outputs) -> None:
+        """Rank the candidates of every column; the k best are the token's experts."""
+        item = o.tid
+        while item < self.real * o.columns:
+            slot, column = item % self.real, item // self.real
+            place = rank(s.sKeys[(None, column)], slot, s.sKeys[slot, column])
+            if place < self.cfg.spec.top_k:
+                s.sChosen[place, column] = s.sActs[slot, column]
+                out.mIds[o.first_token + column, place] = s.sIds[slot, column]
+            item = item + self.cfg.epilogue_threads
+
+    @cute.jit
+    def weigh(self, s: Candidates, o: Owner, out: Outputs) -> None:
+        """Write the weights of the chosen experts, their sum taken in the order of choice."""
+        k = self.cfg.spec.top_k
+        item = o.tid
+        while item < k * o.columns:
+            place, column = item % k, item // k
+            total = Float32(0.0)
+            for j in cutlass.range_constexpr(k):
+                total = total + s.sChosen[j, column]
+            share = weight(s.sChosen[place, column], total, out.factor, self.cfg.spec)
+            out.mWeights[o.first_token + column, place] = share
+            item = item + self.cfg.epilogue_threads

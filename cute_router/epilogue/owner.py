@@ -1,0 +1,24 @@
+"""What an owner CTA has to decide, and on what it shares with the launch."""
+
+from typing import NamedTuple
+
+import cutlass.cute as cute
+from cutlass import Boolean, Float32, Int32
+
+
+class Owner(NamedTuple):
+    """The tokens of an owner CTA and its place among the expert tiles."""
+
+    tid: Int32  # among the epilogue's threads
+    tile: Int32  # which expert tile this CTA's cluster is
+    first_token: Int32
+    columns: Int32  # tokens from `first_token` on; at least one
+    merging: Boolean  # whether the other tiles' results come here, or this one's go elsewhere
+
+
+class Outputs(NamedTuple):
+    """Where the results go, and the run-time value that scales them."""
+
+    mWeights: cute.Tensor  # (N, k) fp32
+    mIds: cute.Tensor  # (N, k) int32
+    factor: Float32

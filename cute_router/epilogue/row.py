@@ -1,0 +1,137 @@
+"""The router's step on one token's logits, by one warp: any scoring, groups, ties, NaN.
+
+    a = activation(l);   s = a + bias;   ids = the k best of s;   w = a[ids] / sum(a[ids]) * factor
+
+Lane j holds experts j, j + 32, ... in registers. Each of k rounds finds the best key of the warp,
+then the lowest id that has it, and takes it out: exact for any data, in a fixed number of steps.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Uint32
+
+from cute_router.epilogue.scoring import activate, exp_nonpositive
+from cute_router.epilogue.weights import weight
+from cute_router.spec import RouterSpec
+from cute_router.topk.key import REMOVED, key, number
+
+WARP = 32
+NOBODY = 0xFFFFFFFF
+
+
+@cute.jit
+def take_best(rKeys: cute.Tensor, lane: Int32) -> Int32:
+    """The index of the warp's best key, the lowest among equals; its key becomes REMOVED."""
+    best = rKeys[0]
+    for i in cutlass.range_constexpr(1, cute.size(rKeys)):
+        best = cutlass.select_(rKeys[i] > best, rKeys[i], best)
+    top = cute.arch.warp_redux_sync(best, kind="umax")
+    index = Uint32(NOBODY)
+    for i in cutlass.range_constexpr(cute.size(rKeys) - 1, -1, -1):
+        index = cutlass.select_(rKeys[i] == top, Uint32(lane + WARP * i), index)
+    index = cute.arch.warp_redux_sync(index, kind="umin")
+    for i in cutlass.range_constexpr(cute.size(rKeys)):
+        taken = index == Uint32(lane + WARP * i)
+        rKeys[i] = cutlass.select_(taken, Uint32(REMOVED), rKeys[i])
+    return index.bitcast(Int32)
+
+
+@cute.jit
+def softmax(rAct: cute.Tensor) -> None:
+    """Softmax over the warp's values, in place; a NaN or +inf makes the whole row NaN."""
+    high = rAct[0]
+    for i in cutlass.range_constexpr(1, cute.size(rAct)):
+        high = cute.arch.fmax(high, rAct[i])
+    high = cute.arch.warp_reduction_max(high)
+    total = Float32(0.0)
+    for i in cutlass.range_constexpr(cute.size(rAct)):
+        d = rAct[i] - high
+        rAct[i] = cutlass.select_(d == d, exp_nonpositive(d), d)
+        total = total + rAct[i]
+    total = cute.arch.warp_reduction_sum(total)
+    for i in cutlass.range_constexpr(cute.size(rAct)):
+        rAct[i] = rAct[i] / total
+
+
+@cute.jit
+def drop_groups(
+    rKeys: cute.Tensor, sKeys: cute.Tensor, lane: Int32, spec: cutlass.Constexpr[RouterSpec]
+) -> None:
+    """Remove the experts outside the `topk_group` groups with the best sums of two scores."""
+    size = spec.num_experts // spec.n_group
+    slots = (spec.n_group + WARP - 1) // WARP
+    for i in cutlass.range_constexpr(cute.size(rKeys)):
+        sKeys[lane + WARP * i] = rKeys[i]
+    cute.arch.sync_warp()
+    rGroups = cute.make_rmem_tensor(slots, Uint32)
+    for j in cutlass.range_constexpr(slots):
+        group = lane + WARP * j
+        rGroups[j] = Uint32(REMOVED)
+        if group < spec.n_group:
+            first, second = Uint32(REMOVED), Uint32(REMOVED)
+            for e in cutlass.range(size):
+                k = sKeys[group * size + e]
+                runner_up = cutlass.max(cutlass.min(k, first), second)
+                first, second = cutlass.max(first, k), runner_up
+            rGroups[j] = key(number(first) + number(second))
+    cute.arch.sync_warp()
+    rTaken = cute.make_rmem_tensor(cute.size(rKeys), Int32)
+    rTaken.fill(0)
+    for _ in cutlass.range(spec.topk_group):
+        group = take_best(rGroups, lane)
+        for i in cutlass.range_constexpr(cute.size(rKeys)):
+            rTaken[i] = cutlass.select_((lane + WARP * i) // size == group, Int32(1), rTaken[i])
+    for i in cutlass.range_constexpr(cute.size(rKeys)):
+        rKeys[i] = cutlass.select_(rTaken[i] == 1, rKeys[i], Uint32(REMOVED))
+
+
+@cute.jit
+def route_row(
+    gLogits: cute.Tensor,
+    bias: cute.Tensor,
+    sKeys: cute.Tensor,
+    gWeights: cute.Tensor,
+    gIds: cute.Tensor,
+    factor: Float32,
+    lane: Int32,
+    spec: cutlass.Constexpr[RouterSpec],
+) -> None:
+    """Route one token: logits (E) and bias (E) to weights (k) and ids (k). One warp calls.
+
+    sKeys is shared memory for E keys, rounded up to whole warps; only groups use it.
+    """
+    E, k = spec.num_experts, spec.top_k
+    slots = (E + WARP - 1) // WARP
+    rAct = cute.make_rmem_tensor(slots, Float32)
+    rKeys = cute.make_rmem_tensor(slots, Uint32)
+    for i in cutlass.range_constexpr(slots):
+        rAct[i] = -Float32.inf
+        if lane + WARP * i < E:
+            rAct[i] = gLogits[lane + WARP * i].to(Float32)
+    if cutlass.const_expr(spec.scoring == "softmax"):
+        softmax(rAct)
+    for i in cutlass.range_constexpr(slots):
+        rKeys[i] = Uint32(REMOVED)
+        if lane + WARP * i < E:
+            if cutlass.const_expr(spec.scoring != "softmax"):
+                rAct[i] = activate(rAct[i], spec.scoring)
+            score = rAct[i]
+            if cutlass.const_expr(spec.has_bias):
+                score = score + bias[lane + WARP * i]
+            rKeys[i] = key(score)
+    if cutlass.const_expr(spec.n_group > 1):
+        drop_groups(rKeys, sKeys, lane, spec)
+
+    chosen, activation = Int32(0), Float32(0.0)  # lane j keeps the j-th
+    for j in cutlass.range(k):
+        expert = take_best(rKeys, lane)
+        value = rAct[0]
+        for i in cutlass.range_constexpr(1, slots):
+            value = cutlass.select_(expert // WARP == i, rAct[i], value)
+        value = cute.arch.shuffle_sync(value, expert % WARP)
+        chosen = cutlass.select_(lane == j, expert, chosen)
+        activation = cutlass.select_(lane == j, value, activation)
+    total = cute.arch.warp_reduction_sum(activation)
+    if lane < k:
+        gWeights[lane] = weight(activation, total, factor, spec)
+        gIds[lane] = chosen

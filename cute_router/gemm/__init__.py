@@ -1,0 +1,1 @@
+"""The fused router kernels: GEMM, activation, selection and store in one launch."""

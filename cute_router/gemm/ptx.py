@@ -1,0 +1,52 @@
+"""PTX that the DSL has no word for, each instruction named once."""
+
+import cutlass.cute as cute
+from cutlass import Int32
+
+EMPTY = -1  # the bits of a word of scratch that waits for its value; see `gemm.exchange`
+
+
+@cute.jit
+def load_quad(ptr: cute.Pointer):
+    """Four words of global memory, each current on its own; nothing is said of their order."""
+    return cute.arch.inline_ptx(
+        "ld.relaxed.gpu.global.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
+        write_only_types=[Int32] * 4,
+        read_only_args=[ptr],
+    )
+
+
+@cute.jit
+def store_quad(ptr: cute.Pointer, a: Int32, b: Int32, c: Int32, d: Int32) -> None:
+    """Four words of global memory, each seen whole."""
+    cute.arch.inline_ptx(
+        "st.relaxed.gpu.global.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};",
+        read_only_args=[ptr, a, b, c, d],
+    )
+
+
+@cute.jit
+def draw(counter: cute.Pointer, last: int) -> Int32:
+    """The counter's value before this draw; it runs 0, 1, ..., last, 0, ... and resets itself."""
+    return cute.arch.inline_ptx(
+        "atom.relaxed.gpu.global.inc.u32 {$w0}, [{$r0}], {$r1};",
+        write_only_types=[Int32],
+        read_only_args=[counter, Int32(last)],
+    )
+
+
+@cute.jit
+def wait_cluster(barrier: cute.Pointer, phase: int) -> None:
+    """Wait for `phase` of a barrier that CTAs of the cluster complete, and see what they wrote.
+
+    The DSL's own wait acquires at CTA scope, which does not cover a peer's st.async.
+    """
+    done = Int32(0)
+    while done == 0:
+        done = cute.arch.inline_ptx(
+            "{\n\t.reg .pred p;\n\t"
+            "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [{$r0}], {$r1};\n\t"
+            "selp.b32 {$w0}, 1, 0, p;\n\t}",
+            write_only_types=[Int32],
+            read_only_args=[barrier, Int32(phase)],
+        )

@@ -1,0 +1,1 @@
+"""Selection: the one ordering, and kernels that choose the k best."""
