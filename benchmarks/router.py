@@ -12,60 +12,37 @@ and a table beside it gives every contender. A peer that is not installed is nam
 """
 
 import argparse
-import importlib
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from timing import METHOD, buffers_for, environment, graph_us, host_us
+from peers import PEERS, RECORDED_ON, best_recorded
+from problem import (
+    FACTOR,
+    FLASH,
+    PRO,
+    TOP_K,
+    Call,
+    Problem,
+    cublas_logits,
+    make_problem,
+    random_weights,
+)
+from timing import METHOD, environment, graph_us, host_us
 from torch import Tensor
 
 import cute_router
-from cute_router import Routing, reference
+from cute_router import Routing, dense_decode, reference
 
-TOP_K, FACTOR = 6, 1.5
-FLASH, PRO = (256, 4096), (384, 7168)  # DeepSeek-V4-Flash and -Pro: (E, K)
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
-LL_GEMM_TOKENS = 16  # the most that vLLM's low-latency GEMM takes
-
-# The best composite of peers: microseconds by (E, K) and N, and what it was.
-# Recorded 2026-11 on an H200, same method: SGLang 0.5.23, vLLM 0.33.0, torch 2.11.
-LL = "vLLM LL GEMM + gate"
-MM = "cuBLAS + gate"
-RECORDED_ON = "recorded 2026-11 on an H200, same method"
-RECORDED: dict[tuple[int, int], dict[int, tuple[float, str]]] = {
-    FLASH: {
-        **{1: (3.86, LL), 2: (4.36, LL), 4: (5.18, LL), 8: (5.69, LL), 16: (6.07, LL)},
-        **{32: (9.09, MM), 64: (9.30, MM), 128: (9.39, MM), 256: (9.90, MM), 1024: (13.89, MM)},
-        **{4096: (27.67, MM), 8192: (40.47, MM), 16384: (76.20, MM)},
-    },
-    PRO: {
-        **{1: (5.96, LL), 2: (6.12, LL), 4: (6.88, LL), 8: (7.69, LL), 16: (7.46, LL)},
-        **{32: (10.26, MM), 64: (10.80, MM), 128: (11.19, MM), 256: (11.91, MM)},
-        **{1024: (19.87, MM), 4096: (43.29, MM), 8192: (84.77, MM), 16384: (173.80, MM)},
-    },
-}
-
 OURS, EAGER, COMPILED = "cute_router", "eager", "torch.compile"
 CUBLAS, OWN_GATE, FLOOR = "cuBLAS GEMM alone", "cuBLAS + own gate", "W-stream"
+RECORDED = "best recorded peer"
 
-Call = Callable[[int], Any]
-
-
-@dataclass
-class Problem:
-    """The tensors of one shape and N, in as many sets as the calls rotate through."""
-
-    E: int
-    K: int
-    N: int
-    Ws: list[Tensor]
-    xs: list[Tensor]
-    bias: Tensor
+SETS_CHECKED = 2  # of tensors, before a contender is timed: fewest that show which one was read
 
 
 @dataclass
@@ -87,16 +64,22 @@ class Result:
             parts.append(f"{ours / self.us[FLOOR]:.1f}x W-stream")
         if self.recorded:
             us, name = self.recorded
-            parts.append(f"{ours / us:.2f}x best recorded peer ({name} {us:.2f} us)")
-        parts.append(f"{ours / self.us[EAGER]:.2f}x eager")
+            parts.append(f"{ours / us:.2f}x {RECORDED} ({name} {us:.2f} us)")
+        if EAGER in self.us:
+            parts.append(f"{ours / self.us[EAGER]:.2f}x eager")
         if self.chain_us:
             parts.append(f"{self.chain_us['added']:.2f} us added to a chain")
         return " | ".join(parts)
 
     @property
+    def times(self) -> dict[str, float]:
+        """What was measured, and the best recorded peer beside it."""
+        return self.us | ({RECORDED: self.recorded[0]} if self.recorded else {})
+
+    @property
     def recorded(self) -> tuple[float, str] | None:
         """The best recorded peer, where there is one."""
-        return RECORDED.get((self.E, self.K), {}).get(self.N)
+        return best_recorded(self.E, self.K, self.N)
 
     def as_dict(self) -> dict[str, Any]:
         """The result as JSON."""
@@ -118,6 +101,8 @@ def main() -> int:
     args = parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/router.py needs a CUDA device; there is none")
+    from floor import w_stream_us  # needs Triton, which only comes with CUDA builds of torch
+
     torch.manual_seed(0)
     where = environment(args.commit)
     print(" | ".join(f"{name} {value}" for name, value in where.items()), end="\n\n")
@@ -176,40 +161,26 @@ def shape(text: str) -> tuple[int, int]:
 # --- what is measured ---------------------------------------------------------------------------
 
 
-def random_weights(E: int, K: int) -> list[Tensor]:
-    """Enough sets of weights that each has left the L2 cache when its turn comes again."""
-    return [
-        (torch.randn(E, K, device="cuda") * K**-0.5).bfloat16()
-        for _ in range(buffers_for(E * K * 2))
-    ]
-
-
-def make_problem(Ws: list[Tensor], N: int) -> Problem:
-    """Random hidden states for N tokens, a set for each set of weights."""
-    E, K = Ws[0].shape
-    xs = [torch.randn(N, K, device="cuda").bfloat16() for _ in Ws]
-    return Problem(E, K, N, Ws, xs, torch.randn(E, device="cuda") * 0.1)
-
-
 def measure(problem: Problem, floor: float, compiled: bool) -> Result:
     """Check and time every contender."""
     result = Result(problem.E, problem.K, problem.N)
     routers, result.absent = contenders(problem, compiled)
     for name, call in routers.items():
         try:
-            wrong = disagreement(call(0), problem)
+            found = (disagreement(call(i), problem, i) for i in range(SETS_CHECKED))
+            wrong = next(filter(None, found), None)
             if wrong is None:
                 result.us[name] = graph_us(call, len(problem.Ws))
             else:
                 result.absent[name] = f"wrong result: {wrong}"
         except Exception as error:
-            # A peer that breaks is reported, not our failure; our own errors are.
             if name == OURS:
                 raise
+            # A peer that breaks is no reason to lose the rest.
             result.absent[name] = f"{type(error).__name__}: {error}".splitlines()[0]
     if OURS not in result.us:
         raise SystemExit(f"N={problem.N} E={problem.E} K={problem.K}: {result.absent[OURS]}")
-    result.us[CUBLAS] = graph_us(lambda i: logits(problem, i), len(problem.Ws))
+    result.us[CUBLAS] = graph_us(lambda i: cublas_logits(problem, i), len(problem.Ws))
     result.us[FLOOR] = floor
     return result
 
@@ -233,7 +204,7 @@ def contenders(problem: Problem, compiled: bool) -> tuple[dict[str, Call], dict[
         absent[OWN_GATE] = "this version has no activation_topk"
     else:
         calls[OWN_GATE] = lambda i: gate(
-            logits(problem, i), problem.bias, top_k=TOP_K, routed_scaling_factor=FACTOR
+            cublas_logits(problem, i), problem.bias, top_k=TOP_K, routed_scaling_factor=FACTOR
         )
     for name, make in PEERS.items():
         try:
@@ -247,11 +218,12 @@ def contenders(problem: Problem, compiled: bool) -> tuple[dict[str, Call], dict[
 
 def ours(problem: Problem) -> Call:
     """`dense_decode` into tensors that are already there, as an engine calls it."""
-    weights = torch.empty(problem.N, TOP_K, device="cuda")
-    ids = torch.empty(problem.N, TOP_K, dtype=torch.int32, device="cuda")
+    device = problem.bias.device
+    weights = torch.empty(problem.N, TOP_K, device=device)
+    ids = torch.empty(problem.N, TOP_K, dtype=torch.int32, device=device)
 
     def call(i: int) -> Routing:
-        return cute_router.dense_decode(
+        return dense_decode(
             problem.xs[i],
             problem.Ws[i],
             problem.bias,
@@ -262,11 +234,6 @@ def ours(problem: Problem) -> Call:
         )
 
     return call
-
-
-def logits(problem: Problem, i: int) -> Tensor:
-    """The GEMM alone, by cuBLAS: fp32 logits [N, E]."""
-    return torch.mm(problem.xs[i], problem.Ws[i].t(), out_dtype=torch.float32)
 
 
 def eager_router(x: Tensor, W: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -280,14 +247,7 @@ def eager_router(x: Tensor, W: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
 def chain(problem: Problem) -> dict[str, float]:
     """What a call adds behind a small kernel that writes its x: nearer to a model than a loop."""
     sources = problem.xs
-    problem = Problem(
-        problem.E,
-        problem.K,
-        problem.N,
-        problem.Ws,
-        [torch.empty_like(x) for x in sources],
-        problem.bias,
-    )
+    problem = replace(problem, xs=[torch.empty_like(x) for x in sources])
     call = ours(problem)
 
     def write(i: int) -> Tensor:
@@ -308,127 +268,22 @@ def host_cost(problem: Problem) -> dict[str, float]:
     x, W = problem.xs[0], problem.Ws[0]
 
     def allocating() -> Routing:
-        return cute_router.dense_decode(x, W, problem.bias, routed_scaling_factor=FACTOR)
+        return dense_decode(x, W, problem.bias, routed_scaling_factor=FACTOR)
 
     return {"outputs given": host_us(lambda: call(0)), "outputs allocated": host_us(allocating)}
-
-
-def w_stream_us(Ws: list[Tensor]) -> float:
-    """The time of a kernel that only reads W once, the best of a few block sizes.
-
-    It has no programmatic dependent launch, so this is an upper bound of the floor: a kernel that
-    starts to load before its predecessor ends can come in under it.
-    """
-    try:
-        import triton
-        import triton.language as tl
-    except ImportError as error:
-        raise SystemExit(f"the W-stream floor needs Triton: {error}") from error
-
-    def read(words: Any, sink: Any, count: Any, BLOCK: tl.constexpr) -> None:
-        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        total = tl.sum(tl.load(words + at, mask=at < count, other=0))
-        # Never so, but the compiler cannot know: without a use of them it would drop the loads.
-        if total == 0x5EED:
-            tl.store(sink, total)
-
-    globals()["tl"] = tl
-    kernel = triton.jit(read)
-    words = [W.view(torch.int32).flatten() for W in Ws]
-    sink = torch.zeros(1, dtype=torch.int32, device="cuda")
-    count = words[0].numel()
-
-    def stream(i: int, block: int) -> None:
-        # 16 words a thread: four loads of 16 bytes each.
-        kernel[(triton.cdiv(count, block),)](
-            words[i], sink, count, BLOCK=block, num_warps=block // 512
-        )
-
-    return min(
-        graph_us(lambda i, block=block: stream(i, block), len(words))
-        for block in (1024, 2048, 4096, 8192)
-    )
-
-
-# --- peers --------------------------------------------------------------------------------------
-
-
-def sglang(problem: Problem) -> Call:
-    """cuBLAS, then SGLang's gate."""
-    gate = imported("sglang.jit_kernel.moe_fused_gate", "moe_fused_gate")
-    return lambda i: gate(
-        logits(problem, i),
-        problem.bias,
-        TOP_K,
-        scoring_func="sqrtsoftplus",
-        renormalize=True,
-        routed_scaling_factor=FACTOR,
-        apply_routed_scaling_factor_on_output=True,
-    )
-
-
-def vllm_gate() -> Callable[..., Any]:
-    """vLLM's gate for DeepSeek-V4."""
-    return imported("vllm.model_executor.layers.fused_moe.router.dsv4_topk", "dsv4_topk")
-
-
-def vllm(problem: Problem) -> Call:
-    """cuBLAS, then vLLM's gate."""
-    gate = vllm_gate()
-    return lambda i: gate(logits(problem, i), problem.bias, torch.int32, FACTOR)
-
-
-def vllm_low_latency(problem: Problem) -> Call:
-    """vLLM's low-latency GEMM, then its gate."""
-    gate = vllm_gate()
-    gemm = imported("vllm.model_executor.kernels.linear.cute_dsl.ll_bf16", "ll_bf16_gemm")
-    if problem.N > LL_GEMM_TOKENS:
-        raise NotImplementedError(f"takes up to {LL_GEMM_TOKENS} tokens")
-    return lambda i: gate(gemm(problem.xs[i], problem.Ws[i]), problem.bias, torch.int32, FACTOR)
-
-
-def no_such_gate(package: str) -> Callable[[Problem], Call]:
-    """A package that has top-k kernels but no gate of this scoring that could be called."""
-
-    def make(problem: Problem) -> Call:
-        imported(package)
-        raise NotImplementedError("offers no sqrtsoftplus gate")
-
-    return make
-
-
-def imported(module: str, name: str | None = None) -> Any:
-    """A module of another package, or one of its names; `ImportError` says what is missing."""
-    try:
-        found = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        package = module.split(".")[0]
-        if error.name == package:
-            raise ImportError("not installed") from error
-        raise
-    return found if name is None else getattr(found, name)
-
-
-PEERS: dict[str, Callable[[Problem], Call]] = {
-    "cuBLAS + SGLang gate": sglang,
-    "cuBLAS + vLLM gate": vllm,
-    "vLLM LL GEMM + vLLM gate": vllm_low_latency,
-    "FlashInfer": no_such_gate("flashinfer"),
-    "QuACK": no_such_gate("quack"),
-}
 
 
 # --- correctness --------------------------------------------------------------------------------
 
 
-def disagreement(result: tuple[Tensor, Tensor], problem: Problem) -> str | None:
-    """What is wrong with the routing of set 0, or None.
+def disagreement(result: tuple[Tensor, Tensor], problem: Problem, i: int) -> str | None:
+    """What is wrong with the routing of set i, or None.
 
     An id may differ from the reference's where their scores lie within the logit error bound, for
     fp32 logits cannot tell them apart; weights are compared at the chosen ids.
     """
     weights, ids = result[0].double(), result[1].long()
-    x, W, bias = problem.xs[0], problem.Ws[0], problem.bias
+    x, W, bias = problem.xs[i], problem.Ws[i], problem.bias
     if ids.shape != (problem.N, TOP_K) or ((ids < 0) | (ids >= problem.E)).any():
         return "ids of a wrong shape or out of range"
     if (ids.sort(-1).values.diff(dim=-1) == 0).any():
@@ -456,13 +311,11 @@ def table(results: list[Result]) -> str:
     lines = []
     for E, K in dict.fromkeys((r.E, r.K) for r in results):
         rows = [r for r in results if (r.E, r.K) == (E, K)]
-        lines.append(f"E={E} K={K} k={TOP_K}, us per call" + " " * 8)
+        lines.append(f"E={E} K={K} k={TOP_K}, us per call")
         lines.append(f"{'N':28}" + "".join(f"{r.N:>9}" for r in rows))
-        for name in dict.fromkeys(name for r in rows for name in r.us):
-            cells = (f"{r.us[name]:9.2f}" if name in r.us else f"{'-':>9}" for r in rows)
+        for name in dict.fromkeys(name for r in rows for name in r.times):
+            cells = (f"{r.times[name]:9.2f}" if name in r.times else f"{'-':>9}" for r in rows)
             lines.append(f"{name:28}" + "".join(cells))
-        cells = (f"{r.recorded[0]:9.2f}" if r.recorded else f"{'-':>9}" for r in rows)
-        lines.append(f"{'best recorded peer':28}" + "".join(cells))
         for name in dict.fromkeys(name for r in rows for name in r.absent):
             reasons: dict[str, list[str]] = {}
             for r in rows:
@@ -472,12 +325,12 @@ def table(results: list[Result]) -> str:
                 where = "" if len(at) == len(rows) else f" at N={','.join(at)}"
                 lines.append(f"{name}: absent{where} ({reason})")
         lines.append("")
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join(lines)
 
 
 STYLES: dict[str, dict[str, Any]] = {
     OURS: {"color": "#d1495b", "linewidth": 2.6, "marker": "o", "zorder": 5},
-    "best recorded peer": {"color": "#30638e", "marker": "s"},
+    RECORDED: {"color": "#30638e", "marker": "s"},
     CUBLAS: {"color": "#6c9a8b", "marker": "^"},
     EAGER: {"color": "#8d8d8d", "marker": "D"},
     COMPILED: {"color": "#b9b9b9", "marker": "v"},
@@ -495,7 +348,8 @@ def plot(results: list[Result], title: str, path: Path) -> None:
 
     shapes = list(dict.fromkeys((r.E, r.K) for r in results))
     figure, panels = pyplot.subplots(
-        *(1, len(shapes)),
+        nrows=1,
+        ncols=len(shapes),
         figsize=(6.2 * len(shapes), 5.2),
         sharey=True,
         squeeze=False,
@@ -504,22 +358,15 @@ def plot(results: list[Result], title: str, path: Path) -> None:
     for panel, (E, K) in zip(panels[0], shapes, strict=True):
         rows = sorted((r for r in results if (r.E, r.K) == (E, K)), key=lambda r: r.N)
         for name, style in STYLES.items():
-            points = [
-                (r.N, r.recorded[0] if r.recorded else None)
-                if name == "best recorded peer"
-                else (r.N, r.us.get(name))
-                for r in rows
-            ]
-            xs, ys = zip(*points, strict=True)
-            known = [(x, y) for x, y in zip(xs, ys, strict=True) if y is not None]
-            if known:
+            points = [(r.N, r.times[name]) for r in rows if name in r.times]
+            if points:
                 label = f"{name} floor" if name == FLOOR else name
-                panel.plot(*zip(*known, strict=True), label=label, markersize=5, **style)
+                panel.plot(*zip(*points, strict=True), label=label, markersize=5, **style)
         for r in rows:
             panel.annotate(
                 f"{r.us[OURS]:.1f}",
                 (r.N, r.us[OURS]),
-                xytext=(0, -13),
+                xytext=(0, 8),
                 textcoords="offset points",
                 ha="center",
                 fontsize=8,
@@ -537,7 +384,8 @@ def plot(results: list[Result], title: str, path: Path) -> None:
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0][0].set_ylabel("microseconds per call")
-    panels[0][-1].legend(frameon=False, fontsize=9, loc="center right")
+    lines, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     figure.suptitle(f"MoE router: hidden states to experts  ({title})", x=0.01, ha="left")
     figure.savefig(path, dpi=150)
 

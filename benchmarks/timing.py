@@ -57,7 +57,7 @@ def graph_us(call: Callable[[int], object], buffers: int) -> float:
     for _ in range(3):
         graph.replay()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    times = []
+    times: list[float] = []
     for _ in range(REPLAYS):
         start.record()
         graph.replay()
@@ -71,7 +71,7 @@ def host_us(call: Callable[[], object]) -> float:
     """Median microseconds that the calling thread spends in one call."""
     for _ in range(HOST_CALLS):
         call()
-    times = []
+    times: list[float] = []
     for _ in range(HOST_BATCHES):
         torch.cuda.synchronize()
         start = time.perf_counter()

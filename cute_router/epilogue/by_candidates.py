@@ -20,18 +20,19 @@ from cute_router.epilogue.weights import weight
 from cute_router.gemm.config import GROUP, DecodeConfig
 from cute_router.gemm.exchange import packet, receive, send, word
 from cute_router.topk.key import REMOVED, key
-from cute_router.topk.rank import rank
+from cute_router.topk.rank import parts_for, rank
 
 
 class Candidates(NamedTuple):
     """Shared memory of the choice; c runs over the token columns of this CTA."""
 
     sTileKeys: cute.Tensor  # (MT, c) keys of this tile's experts
-    sTileActs: cute.Tensor  # (MT, c) their activations
     sKeys: cute.Tensor  # (M, c) keys of the candidates of all tiles
     sActs: cute.Tensor  # (M, c) their activations
     sIds: cute.Tensor  # (M, c) their experts
     sChosen: cute.Tensor  # (k, c) activations of the chosen ones
+    rKeys: cute.Tensor  # (PASS) this thread's experts: in registers, not shared
+    rActs: cute.Tensor  # (PASS)
 
 
 class ByCandidates:
@@ -52,44 +53,42 @@ class ByCandidates:
 
         return Candidates(
             table(Uint32, c.tile_experts),
-            table(Float32, c.tile_experts),
             table(Uint32, c.candidates),
             table(Float32, c.candidates),
             table(Int32, c.candidates),
             table(Float32, c.spec.top_k),
+            cute.make_rmem_tensor(c.passes, Uint32),
+            cute.make_rmem_tensor(c.passes, Float32),
         )
 
     @cute.jit
+    def prepare(self, s: Candidates, mBias: cute.Tensor | None, tid: Int32) -> None:
+        """Rank the slots that round the candidates up to whole reads behind all others."""
+        for column in cutlass.range_constexpr(self.cfg.owned):
+            if tid < self.cfg.candidates - self.real:
+                s.sKeys[self.real + tid, column] = Uint32(REMOVED)
+
+    @cute.jit
     def put(
-        self,
-        s: Candidates,
-        tile: Int32,
-        expert: Int32,
-        column: Int32,
-        logit: Float32,
-        bias: Float32,
+        self, s: Candidates, step: int, o: Owner, expert: Int32, column: Int32, logit, bias
     ) -> None:
-        """Take in the logit of one of this tile's experts for one column."""
+        """Take in the logit of this thread's pass `step`: one of the tile's experts, one column."""
         c = self.cfg
         activation = activate(logit, c.spec.scoring)
         k = key(activation + bias)
         if cutlass.const_expr(c.spec.num_experts % c.tile_experts != 0):
-            real = tile * c.tile_experts + expert < c.spec.num_experts
+            real = o.tile * c.tile_experts + expert < c.spec.num_experts
             k = cutlass.select_(real, k, Uint32(REMOVED))
-        s.sTileActs[expert, column] = activation
+        s.rActs[step], s.rKeys[step] = activation, k
         s.sTileKeys[expert, column] = k
 
     @cute.jit
     def finish(self, s: Candidates, mScratch: cute.Tensor, o: Owner, out: Outputs) -> None:
         """Rank, exchange, rank again, weigh. All logits are in and the threads have met."""
-        c = self.cfg
-        self.clear_padding(s, o.tid)
-        item = o.tid
-        while item < c.tile_experts * o.columns:
-            self.offer(s, mScratch, o, item % c.tile_experts, item // c.tile_experts)
-            item = item + c.epilogue_threads
+        for step in cutlass.range_constexpr(self.cfg.passes):
+            self.offer(s, step, mScratch, o)
         if o.merging:
-            if cutlass.const_expr(c.expert_tiles > 1):
+            if cutlass.const_expr(self.cfg.expert_tiles > 1):
                 self.collect(s, mScratch, o)
             self.barrier.arrive_and_wait()
             self.choose(s, o, out)
@@ -97,23 +96,15 @@ class ByCandidates:
             self.weigh(s, o, out)
 
     @cute.jit
-    def clear_padding(self, s: Candidates, tid: Int32) -> None:
-        """Rank the slots that round the candidates up to whole quads behind all others."""
-        for column in cutlass.range_constexpr(self.cfg.owned):
-            if tid < self.cfg.candidates - self.real:
-                s.sKeys[self.real + tid, column] = Uint32(REMOVED)
-
-    @cute.jit
-    def offer(
-        self, s: Candidates, mScratch: cute.Tensor, o: Owner, expert: Int32, column: Int32
-    ) -> None:
-        """Rank one expert in its group; one of the k best becomes a candidate."""
-        c = self.cfg
-        mine, activation = s.sTileKeys[expert, column], s.sTileActs[expert, column]
+    def offer(self, s: Candidates, step: int, mScratch: cute.Tensor, o: Owner) -> None:
+        """Rank this thread's expert of pass `step` in its group; the k best become candidates."""
+        c, k = self.cfg, self.cfg.spec.top_k
+        expert, column, part = o.item(c, step)
+        mine, activation = s.rKeys[step], s.rActs[step]
         group = cute.local_tile(s.sTileKeys[(None, column)], (GROUP,), (expert // GROUP,))
-        place = rank(group, expert % GROUP, mine)
-        if place < c.spec.top_k:
-            slot = o.tile * self.per_tile + expert // GROUP * c.spec.top_k + place
+        place = rank(group, expert % GROUP, mine, part, c.parts)
+        if place < k and column < o.columns and part == 0:
+            slot = o.tile * self.per_tile + expert // GROUP * k + place
             name = o.tile * c.tile_experts + expert
             if o.merging:
                 s.sKeys[slot, column] = mine
@@ -121,7 +112,8 @@ class ByCandidates:
                 s.sIds[slot, column] = name
             else:
                 to = packet(mScratch, (o.first_token + column) * self.real + slot)
-                send(to, mine.bitcast(Int32), word(activation), name, Int32(0))  # no key is EMPTY
+                # No key is EMPTY, and no expert's number.
+                send(to, mine.bitcast(Int32), word(activation), name, Int32(0))
 
     @cute.jit
     def collect(self, s: Candidates, mScratch: cute.Tensor, o: Owner) -> None:
@@ -143,14 +135,18 @@ class ByCandidates:
     @cute.jit
     def choose(self, s: Candidates, o: Owner, out: Outputs) -> None:
         """Rank the candidates of every column; the k best are the token's experts."""
-        item = o.tid
-        while item < self.real * o.columns:
-            slot, column = item % self.real, item // self.real
-            place = rank(s.sKeys[(None, column)], slot, s.sKeys[slot, column])
-            if place < self.cfg.spec.top_k:
+        c = self.cfg
+        parts = parts_for(self.real * c.owned, c.epilogue_threads)
+        step = c.epilogue_threads // parts
+        for first in cutlass.range_constexpr(0, self.real * c.owned, step):
+            item = first + o.tid // parts
+            column = cutlass.min(item // self.real, c.owned - 1)
+            slot = item % self.real
+            place = rank(s.sKeys[(None, column)], slot, s.sKeys[slot, column], o.tid % parts, parts)
+            real = item < self.real * o.columns
+            if real and place < c.spec.top_k and o.tid % parts == 0:
                 s.sChosen[place, column] = s.sActs[slot, column]
                 out.mIds[o.first_token + column, place] = s.sIds[slot, column]
-            item = item + self.cfg.epilogue_threads
 
     @cute.jit
     def weigh(self, s: Candidates, o: Owner, out: Outputs) -> None:

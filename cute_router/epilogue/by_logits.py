@@ -43,11 +43,21 @@ class ByLogits:
         )
 
     @cute.jit
+    def prepare(self, s: Logits, mBias: cute.Tensor | None, tid: Int32) -> None:
+        """All biases to shared memory."""
+        expert = tid
+        while expert < self.cfg.spec.num_experts:
+            s.sBias[expert] = Float32(0.0)
+            if cutlass.const_expr(mBias is not None):
+                s.sBias[expert] = mBias[expert]
+            expert = expert + self.cfg.epilogue_threads
+
+    @cute.jit
     def put(
-        self, s: Logits, tile: Int32, expert: Int32, column: Int32, logit: Float32, bias: Float32
+        self, s: Logits, step: int, o: Owner, expert: Int32, column: Int32, logit, bias
     ) -> None:
-        """Take in the logit of one of this tile's experts for one column."""
-        s.sLogits[tile * self.cfg.tile_experts + expert, column] = logit
+        """Take in the logit of this thread's pass `step`: one of the tile's experts, one column."""
+        s.sLogits[o.tile * self.cfg.tile_experts + expert, column] = logit
 
     @cute.jit
     def finish(self, s: Logits, mScratch: cute.Tensor, o: Owner, out: Outputs) -> None:

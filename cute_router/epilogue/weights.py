@@ -13,7 +13,10 @@ def weight(
 ) -> Float32:
     """activation / total * factor, 0 where the total is 0; without renormalisation no division."""
     if cutlass.const_expr(spec.renormalize):
-        share = cutlass.select_(total == Float32(0.0), Float32(0.0), activation / total)
+        # A total may be subnormal, and its reciprocal infinite: both go up first.
+        lift = cutlass.select_(total < Float32(2.0**-64), Float32(2.0**64), Float32(1.0))
+        share = (activation * lift) * cute.arch.rcp_approx(total * lift)
+        share = cutlass.select_(total == Float32(0.0), Float32(0.0), share)
     else:
         share = activation
     return share * factor

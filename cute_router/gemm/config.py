@@ -11,6 +11,7 @@ from cute_router.spec import RouterSpec
 
 TILE_K = 64  # bf16 elements of one 128-byte swizzled row: the depth of one TMA stage
 GROUP = 64  # experts that are ranked together; each group offers its k best
+SKEW = 16  # words between the partial sums of neighbouring ranks: see `gemm.split_k`
 MAX_SMEM = 227 * 1024  # bytes of shared memory a CTA can have on sm_90 and sm_100
 MAX_CLUSTER = 16  # beyond 8 a cluster is non-portable: see `heuristics`
 MAX_TOKEN_TILES = 256  # of one launch; a larger batch takes several
@@ -80,14 +81,24 @@ class DecodeConfig:
         return self.epilogue_threads + (64 if self.blackwell else 32)
 
     @property
+    def parts(self) -> int:
+        """Adjacent lanes of an owner that share the work on one logit: 2 while threads abound."""
+        return 2 if 2 * self.tile_experts * self.owned <= self.epilogue_threads else 1
+
+    @property
+    def passes(self) -> int:
+        """Logits of an owner for each of its threads."""
+        return ceil_div(self.parts * self.tile_experts * self.owned, self.epilogue_threads)
+
+    @property
     def by_candidates(self) -> bool:
         """Whether k candidates a group decide. Softmax and groups need every logit of a token."""
         return self.spec.scoring != "softmax" and self.spec.n_group == 1
 
     @property
     def candidates(self) -> int:
-        """Candidates a token has, padded to whole 16-byte reads."""
-        return ceil_div(self.groups * self.spec.top_k, 4) * 4
+        """Candidates a token has, padded to whole 16-byte reads of 4 lanes (see `topk.rank`)."""
+        return ceil_div(self.groups * self.spec.top_k, 16) * 16
 
     @property
     def packet_words(self) -> int:
@@ -104,7 +115,7 @@ class DecodeConfig:
     @property
     def smem_bytes(self) -> int:
         """Shared memory of a CTA."""
-        partials = self.owned * self.tile_experts * self.split_k * 4
+        partials = (self.owned * self.tile_experts + SKEW) * self.split_k * 4
         if self.by_candidates:
             tile = self.owned * self.tile_experts * 4
             selection = tile + self.owned * 4 * (3 * self.candidates + self.spec.top_k)

@@ -11,7 +11,7 @@ from cute_router import compile as compiler
 from cute_router.arch import target_for
 from cute_router.gemm import generic
 from cute_router.gemm.config import MAX_CLUSTER, MAX_TOKEN_TILES, TICKETS, can_implement
-from cute_router.heuristics import decode_config, token_bucket
+from cute_router.heuristics import MAX_TOKEN_TILE, decode_config, token_bucket
 from cute_router.spec import RouterSpec
 from cute_router.workspace import Workspace
 
@@ -24,6 +24,7 @@ class Plan(NamedTuple):
     token_words: int  # scratch words for each token
 
 
+BUCKETS = [token_bucket(max(N, 1)) for N in range(MAX_TOKEN_TILE + 1)]
 _plans: dict[tuple[RouterSpec, int, int, bool, bool], Plan] = {}
 
 
@@ -39,8 +40,8 @@ def launch(
     pdl: bool,
 ) -> None:
     """Queue the router on the current stream of x's device. N is at least 1."""
-    N, device = x.shape[0], x.device.index
-    key = (spec, token_bucket(N), device, batch_invariant, pdl)
+    N, device = x.shape[0], x.get_device()
+    key = (spec, BUCKETS[N] if N <= MAX_TOKEN_TILE else MAX_TOKEN_TILE, device, batch_invariant, pdl)
     plan = _plans.get(key)
     if plan is None:
         if target_for(device)[0] == "generic":
@@ -53,7 +54,8 @@ def launch(
         x = x.as_strided(x.shape, (spec.hidden_size, 1))  # the stride of a single row says nothing
     if spec.num_experts == 1 and W.stride(0) % 8:
         W = W.as_strided(W.shape, (spec.hidden_size, 1))
-    stream = torch.cuda.current_stream(device).cuda_stream
+    # As torch.cuda.current_stream(device).cuda_stream, a microsecond faster.
+    stream = torch._C._cuda_getCurrentRawStream(device)
     if N <= plan.max_tokens:
         scratch = workspace(device).slot(stream, TICKETS + N * plan.token_words)
         plan.kernel(x, W, bias, weights, ids, scratch, routed_scaling_factor)

@@ -12,7 +12,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
 
-from cute_router.gemm.config import DecodeConfig
+from cute_router.gemm.config import SKEW, DecodeConfig
 from cute_router.gemm.ptx import wait_cluster
 
 
@@ -24,9 +24,13 @@ class SplitK:
         self.vector = min(config.owned, vector)  # columns of one st.async, and of one sum
 
     def layout(self) -> cute.Layout:
-        """Partial sums as an owner keeps them, (column, expert, rank)."""
+        """Partial sums as an owner keeps them, (column, expert, rank).
+
+        Ranks are half a line of banks apart, so that two lanes that share a sum do not collide.
+        """
         c = self.cfg
-        return cute.make_layout((c.owned, c.tile_experts, c.split_k))
+        shape = (c.owned, c.tile_experts, c.split_k)
+        return cute.make_layout(shape, stride=(1, c.owned, c.owned * c.tile_experts + SKEW))
 
     @cute.jit
     def expect(self, barrier: cute.Pointer, columns: Int32) -> None:
@@ -62,9 +66,16 @@ class SplitK:
         """Wait until every partial sum of this owner's columns is here."""
         wait_cluster(barrier, 0)
 
-    def sum(self, sPart: cute.Tensor, column: Int32, expert: Int32):
-        """One logit: the S partial sums, added as a balanced tree over the ranks."""
-        terms = [sPart[column, expert, r] for r in range(self.cfg.split_k)]
+    def sum(self, sPart: cute.Tensor, column: Int32, expert: Int32, part: Int32, parts: int):
+        """One logit: the S partial sums, added as a balanced tree over the ranks.
+
+        `parts` (1 or 2) adjacent lanes share the work; both get the result.
+        """
+        ranks = range(0, self.cfg.split_k, parts)
+        terms = [sPart[column, expert, rank + part] for rank in ranks]
         while len(terms) > 1:
             terms = [a + b for a, b in zip(terms[::2], terms[1::2], strict=True)]
-        return terms[0]
+        total = terms[0]
+        if parts == 2:
+            total = total + cute.arch.shuffle_sync_bfly(total, offset=1)
+        return total

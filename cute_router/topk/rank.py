@@ -2,32 +2,62 @@
 
     rank(i) = #{ j : key_j > key_i  or  (key_j = key_i and j < i) }
 
-Each thread counts for one entry, all threads at once, from keys in shared memory that every lane
-reads at the same address (a broadcast). No step waits for the one before it, as in k rounds of
-"find the best and take it out": for a few dozen entries this is several times faster.
+All entries are counted for at once, `parts` adjacent lanes to an entry, from keys in shared memory.
+No step waits for the one before it, as in k rounds of "find the best and take it out": for a few
+dozen entries this is several times faster.
 """
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Uint32
 
-QUAD = 4  # keys per 16-byte read of shared memory
+QUAD = 4  # keys of a 16-byte read of shared memory
+
+
+def parts_for(entries: int, threads: int) -> int:
+    """Lanes to an entry: as many as the threads allow, up to 4."""
+    return 4 if 4 * entries <= threads else 2 if 2 * entries <= threads else 1
 
 
 @cute.jit
-def rank(keys: cute.Tensor, index: Int32, mine: Uint32) -> Int32:
-    """The rank of entry `index`, whose key is `mine`, among `keys` (smem, a multiple of 4)."""
+def rank(
+    keys: cute.Tensor, index: Int32, mine: Uint32, part: Int32, parts: cutlass.Constexpr
+) -> Int32:
+    """The rank of entry `index`, whose key is `mine`, among `keys` in shared memory.
+
+    The number of keys is a multiple of QUAD * parts. Every lane of a warp calls; lane part =
+    0 .. parts - 1 of an entry's neighbours reads its share of the keys, and all get the result.
+    """
     quads = cute.zipped_divide(keys, (QUAD,))  # (QUAD, n / QUAD)
+    steps = cute.size(keys) // (QUAD * parts)
+    rKeys = cute.make_rmem_tensor((QUAD, steps), Uint32)
+    for step in cutlass.range_constexpr(steps):  # every read is under way before the first use
+        rKeys[(None, step)].store(quads[(None, step * parts + part)].load())
     own = index // QUAD
-    place = Int32(0)
-    for q in cutlass.range_constexpr(cute.size(keys) // QUAD):
-        beats = cutlass.select_(own > q, mine, mine + Uint32(1))  # earlier ones win a tie
-        rK = quads[(None, q)].load()
+    rOwn = cute.make_rmem_tensor(QUAD, Uint32)
+    rOwn.store(quads[(None, own)].load())
+
+    counts = [Int32(0) for _ in range(QUAD)]  # independent, for a short chain of dependent steps
+    for step in cutlass.range_constexpr(steps):
+        # Earlier quads win a tie; the entry's own quad, compared strictly here, follows below.
+        beats = cutlass.select_(step * parts + part < own, mine, mine + Uint32(1))
         for i in cutlass.range_constexpr(QUAD):
-            place = cutlass.select_(rK[i] >= beats, place + 1, place)
-    # The entry's own quad was compared strictly: add the ties that stand before it there.
-    rK = quads[(None, own)].load()
+            counts[i] = count_if_at_least(rKeys[i, step], beats, counts[i])
+    place = (counts[0] + counts[1]) + (counts[2] + counts[3])
+    for offset in cutlass.range_constexpr(parts.bit_length() - 1):
+        place = place + cute.arch.shuffle_sync_bfly(place, offset=1 << offset)
     for i in cutlass.range_constexpr(QUAD - 1):
-        ahead = (rK[i] == mine) and (own * QUAD + i < index)
-        place = cutlass.select_(ahead, place + 1, place)
+        tie = rOwn[i] == mine and own * QUAD + i < index
+        place = cutlass.select_(tie, place + 1, place)
     return place
+
+
+@cute.jit
+def count_if_at_least(value: Uint32, bound: Uint32, count: Int32) -> Int32:
+    """count + 1 where value >= bound: a comparison and a predicated add, no more."""
+    return cute.arch.inline_ptx(
+        "{\n\t.reg .pred p;\n\tsetp.ge.u32 p, {$r0}, {$r1};\n\t"
+        "mov.b32 {$w0}, {$r2};\n\t@p add.s32 {$w0}, {$w0}, 1;\n\t}",
+        write_only_types=[Int32],
+        read_only_args=[value, bound, count],
+    )
