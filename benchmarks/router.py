@@ -34,8 +34,8 @@ from problem import (
 from timing import METHOD, environment, graph_us, host_us
 from torch import Tensor
 
-import cute_router
-from cute_router import Routing, dense_decode, reference
+from cute_router import RouterSpec, Routing, dense_decode, reference
+from cute_router.topk import gate
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
 OURS, EAGER, COMPILED = "cute_router", "eager", "torch.compile"
@@ -199,13 +199,7 @@ def contenders(problem: Problem, compiled: bool) -> tuple[dict[str, Call], dict[
         calls[COMPILED] = lambda i: router(problem.xs[i], problem.Ws[i], problem.bias)
     else:
         absent[COMPILED] = "left out (--no-compile)"
-    gate = getattr(cute_router, "activation_topk", None)
-    if gate is None:
-        absent[OWN_GATE] = "this version has no activation_topk"
-    else:
-        calls[OWN_GATE] = lambda i: gate(
-            cublas_logits(problem, i), problem.bias, top_k=TOP_K, routed_scaling_factor=FACTOR
-        )
+    calls[OWN_GATE] = cublas_and_own_gate(problem)
     for name, make in PEERS.items():
         try:
             calls[name] = make(problem)
@@ -216,11 +210,28 @@ def contenders(problem: Problem, compiled: bool) -> tuple[dict[str, Call], dict[
     return calls, absent
 
 
+def outputs(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Tensors for a router's weights and ids."""
+    shape, device = (problem.N, TOP_K), problem.bias.device
+    return torch.empty(shape, device=device), torch.empty(shape, dtype=torch.int32, device=device)
+
+
+def cublas_and_own_gate(problem: Problem) -> Call:
+    """What `dense_decode` is on other GPUs: `torch.mm` to fp32 logits, then the gate kernel."""
+    weights, ids = outputs(problem)
+    E, K = problem.Ws[0].shape
+    spec = RouterSpec(E, K, TOP_K)
+
+    def call(i: int) -> Routing:
+        gate.launch(cublas_logits(problem, i), problem.bias, weights, ids, spec, FACTOR)
+        return Routing(weights, ids)
+
+    return call
+
+
 def ours(problem: Problem) -> Call:
     """`dense_decode` into tensors that are already there, as an engine calls it."""
-    device = problem.bias.device
-    weights = torch.empty(problem.N, TOP_K, device=device)
-    ids = torch.empty(problem.N, TOP_K, dtype=torch.int32, device=device)
+    weights, ids = outputs(problem)
 
     def call(i: int) -> Routing:
         return dense_decode(

@@ -1,6 +1,6 @@
 """Which kernels a device runs, and for which target they are compiled."""
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -29,7 +29,7 @@ def backend_for(device: torch.device | str | int) -> str:
     return target_for(index)[0]
 
 
-@lru_cache(maxsize=None)
+@cache
 def target_for(index: int) -> tuple[str, str]:
     """(backend, compile target) of a CUDA device."""
     capability = torch.cuda.get_device_capability(index)

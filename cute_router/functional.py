@@ -1,18 +1,19 @@
 """The public functions: validate, allocate, launch.
 
-Engines call these thousands of times a second, so a good call takes the short way: one quick test,
-in which the `RouterSpec` is looked up and not made, and two allocations.
+Engines call these thousands of times a second, so on CUDA a call first takes the short way
+(`gemm.decode.fast`), which leaves most checks to the kernel's compiled host code. A call that is
+refused there, or is not of that kind, goes through every check and learns what is wrong with it.
 """
 
 from functools import lru_cache
-from typing import Protocol
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from cute_router import reference
 from cute_router.spec import RouterSpec, Routing, Scoring
-from cute_router.validate import check_plain, quick, thorough
+from cute_router.validate import Options, check, check_plain
 
 
 def dense_decode(
@@ -77,74 +78,54 @@ def dense_decode(
     """
     options = (top_k, scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
     call = (x, W, bias, routed_scaling_factor, options)
-    N, spec = quick(*call) or thorough(*call)
-    result = _output(x, N, top_k, out_weights, out_ids)
+    if isinstance(x, Tensor) and x.is_cuda:
+        routing: Routing | None = _cuda().fast(*call, out_weights, out_ids)
+        if routing is not None:
+            return routing
+    N, spec = check(*call)
+    weights = _output("out_weights", out_weights, (N, top_k), torch.float32, x.device)
+    ids = _output("out_ids", out_ids, (N, top_k), torch.int32, x.device)
     if N > 0:
-        launch = _cuda_decode() if x.is_cuda else _cpu_decode
-        launch(x, W, bias, *result, spec, float(routed_scaling_factor), batch_invariant, pdl)
-    return result
-
-
-def _output(
-    x: Tensor, N: int, k: int, out_weights: Tensor | None, out_ids: Tensor | None
-) -> Routing:
-    """The caller's output tensors, checked, or new ones."""
-    device = x.device
-    if out_weights is None:
-        # Sizes as separate arguments: a tuple costs 0.7 us more in torch's argument parser.
-        weights = torch.empty(N, k, dtype=torch.float32, device=device)
-    else:
-        check_plain("out_weights", out_weights, (N, k), torch.float32, device)
-        weights = out_weights
-    if out_ids is None:
-        ids = torch.empty(N, k, dtype=torch.int32, device=device)
-    else:
-        check_plain("out_ids", out_ids, (N, k), torch.int32, device)
-        ids = out_ids
+        launch = _cuda().launch if x.is_cuda else _reference
+        launch(x, W, bias, weights, ids, spec, float(routed_scaling_factor), options)
     return Routing(weights, ids)
 
 
-class Launch(Protocol):
-    """What a backend offers: fill `weights` and `ids` from arguments that are already checked."""
-
-    def __call__(
-        self,
-        x: Tensor,
-        W: Tensor,
-        bias: Tensor | None,
-        weights: Tensor,
-        ids: Tensor,
-        spec: RouterSpec,
-        routed_scaling_factor: float,
-        batch_invariant: bool,
-        pdl: bool,
-        /,
-    ) -> None:
-        """Queue the work on the current stream of x's device."""
+def _output(
+    name: str,
+    given: Tensor | None,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """The caller's output tensor, checked, or a new one."""
+    if given is None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    check_plain(name, given, shape, dtype, device)
+    return given
 
 
 @lru_cache(maxsize=1)
-def _cuda_decode() -> Launch:
+def _cuda() -> ModuleType:
     """The CUDA backend, imported at its first call: it brings the kernel compiler with it."""
     from cute_router.gemm import decode
 
-    launch: Launch = decode.launch
-    return launch
+    return decode
 
 
 @torch.no_grad()
-def _cpu_decode(
+def _reference(
     x: Tensor,
     W: Tensor,
     bias: Tensor | None,
     weights: Tensor,
     ids: Tensor,
     spec: RouterSpec,
-    routed_scaling_factor: float,
-    batch_invariant: bool,
-    pdl: bool,
+    factor: float,
+    options: Options,
 ) -> None:
     """The reference as a backend. There is no launch to overlap: `pdl` has no effect."""
+    batch_invariant = options[-2]
     # A matrix product's order of summation can depend on its number of rows; one row's cannot.
     step = 1 if batch_invariant else x.shape[0]
     for rows, rows_weights, rows_ids in zip(
@@ -155,7 +136,7 @@ def _cpu_decode(
             W,
             bias,
             top_k=spec.top_k,
-            routed_scaling_factor=routed_scaling_factor,
+            routed_scaling_factor=factor,
             scoring=spec.scoring,
             renormalize=spec.renormalize,
             n_group=spec.n_group,

@@ -17,11 +17,17 @@ export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 echo "== without a sanitizer"
 "$PYTHON" tests/sanitizer_cases.py # also fills the kernel cache: compiling under one is slow
 
-status=0
-for tool in memcheck racecheck synccheck; do
-    echo "== $tool"
+check() { # tool, arguments of the cases
+    echo "== $1"
     # API errors are left out: libraries probe for functions that a driver may not have.
-    "${COMPUTE_SANITIZER:-compute-sanitizer}" --tool "$tool" --error-exitcode 1 \
-        --report-api-errors no "$PYTHON" tests/sanitizer_cases.py || status=1
-done
+    "${COMPUTE_SANITIZER:-compute-sanitizer}" --tool "$1" --error-exitcode 1 \
+        --report-api-errors no "$PYTHON" tests/sanitizer_cases.py "${@:2}" || status=1
+}
+
+status=0
+check memcheck
+check racecheck
+# Of clusters of 16, synccheck (2025.3) reports every CTA from the ninth on: a barrier that its own
+# thread has just initialised is said to miss a wait. The same code in clusters of 8 is clean.
+check synccheck --max-cluster 8
 exit $status

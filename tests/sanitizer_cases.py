@@ -1,11 +1,13 @@
 """A few small calls of every kind of kernel, to be run under compute-sanitizer.
 
     bash scripts/sanitize.sh
+    python tests/sanitizer_cases.py --max-cluster 8
 
 Inputs are made and results are checked on the CPU, so that the sanitizer sees hardly any kernels
 but ours.
 """
 
+import argparse
 import sys
 
 import torch
@@ -13,6 +15,7 @@ from cases import Case, Inputs, draw
 from oracle import assert_routing
 
 from cute_router import Routing, dense_decode
+from cute_router.gemm import decode
 
 # Small, but with more than one CTA in a cluster, more than one cluster, and ragged ends.
 CASES = [
@@ -28,9 +31,13 @@ CASES = [
 
 def main() -> int:
     """Run every case twice: the second call finds what the first one left in the scratch."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--max-cluster", type=int, choices=[8, 16], default=16)
+    max_cluster = parser.parse_args().max_cluster
     if not torch.cuda.is_available():
         print("needs a CUDA device; there is none")
         return 1
+    decode.max_cluster = lambda device: max_cluster
     for case in CASES:
         inputs = draw(case, "cpu", kinds=["normal", "nan", "all equal"])
         on_gpu = Inputs(*(None if t is None else padded_as(t).cuda() for t in inputs))

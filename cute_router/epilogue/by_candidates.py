@@ -3,12 +3,12 @@
     every owner CTA      logit -> activation, key -> rank among its group of 64 -> k candidates
     the one that merges  candidates of all groups -> rank among them -> ids, weights
 
-An expert among a token's k best is among the k best of its group, so nothing else needs to travel.
-Both steps count (`topk.rank`), one thread an entry. Candidates are kept in the order (group, place),
-in which equal keys stand by ascending expert: at both steps a tie goes to the lower index.
+An expert among a token's k best is among the k best of its group, so nothing else has to travel.
+Both steps count (`topk.rank`). Candidates are kept in the order (group, place), in which equal keys
+stand by ascending expert: at both steps a tie goes to the lower index.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -62,7 +62,7 @@ class ByCandidates:
         )
 
     @cute.jit
-    def prepare(self, s: Candidates, mBias: cute.Tensor | None, tid: Int32) -> None:
+    def prepare(self, s: Candidates, mBias: Any, tid: Int32) -> None:
         """Rank the slots that round the candidates up to whole reads behind all others."""
         for column in cutlass.range_constexpr(self.cfg.owned):
             if tid < self.cfg.candidates - self.real:

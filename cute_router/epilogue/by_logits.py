@@ -4,7 +4,7 @@ The owner CTA that merges gathers every logit of its tokens in shared memory; th
 does the router's whole step (`epilogue.row`).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -43,7 +43,7 @@ class ByLogits:
         )
 
     @cute.jit
-    def prepare(self, s: Logits, mBias: cute.Tensor | None, tid: Int32) -> None:
+    def prepare(self, s: Logits, mBias: Any, tid: Int32) -> None:
         """All biases to shared memory."""
         expert = tid
         while expert < self.cfg.spec.num_experts:

@@ -34,6 +34,9 @@ class DecodeConfig:
     tile_tokens:  tokens of a CTA's tile, on MMA-N: 8 (sm_90 only), 16, 32 or 64.
     split_k:      CTAs of the cluster that shares a tile's K: 2, 4, 8 or 16.
     stages:       K blocks that shared memory holds; all of a CTA's, or a ring of fewer.
+    trigger:      when the kernel behind may start: at the "start", after the "wait" for the kernel
+                  ahead (its weight loads then stay out of the way of this one's x), or after the
+                  "product".
     pdl:          whether the launch may overlap the kernel ahead of it.
     """
 
@@ -43,6 +46,7 @@ class DecodeConfig:
     tile_tokens: int = 8
     split_k: int = 16
     stages: int = 1
+    trigger: str = "wait"
     pdl: bool = True
 
     @property
@@ -137,8 +141,10 @@ def can_implement(config: DecodeConfig) -> None:
         raise ValueError(f"tile_tokens must be one of {tokens} on {c.arch}; got {c.tile_tokens}")
     if c.split_k not in (2, 4, 8, 16):
         raise ValueError(f"split_k must be 2, 4, 8 or 16; got {c.split_k}")
-    if not 1 <= c.stages <= c.k_blocks:
-        raise ValueError(f"stages must be from 1 to k_blocks={c.k_blocks}; got {c.stages}")
+    if c.trigger not in ("start", "wait", "product"):
+        raise ValueError(f'trigger must be "start", "wait" or "product"; got {c.trigger!r}')
+    if not min(2, c.k_blocks) <= c.stages <= c.k_blocks:  # a ring frees a stage one block late
+        raise ValueError(f"stages must be from 2 to k_blocks={c.k_blocks}; got {c.stages}")
     if c.smem_bytes > MAX_SMEM:
         raise ValueError(
             f"the configuration needs {c.smem_bytes} bytes of shared memory;"

@@ -1,7 +1,7 @@
-"""Host entry of the dense router on CUDA: arguments that are already checked -> one launch."""
+"""Host entry of the dense router on CUDA: a plan for each kind of call, then one launch."""
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -12,8 +12,11 @@ from cute_router.arch import target_for
 from cute_router.gemm import generic
 from cute_router.gemm.config import MAX_CLUSTER, MAX_TOKEN_TILES, TICKETS, can_implement
 from cute_router.heuristics import MAX_TOKEN_TILE, decode_config, token_bucket
-from cute_router.spec import RouterSpec
+from cute_router.spec import RouterSpec, Routing, Scoring
+from cute_router.validate import FP32_MAX, Options, spec_of
 from cute_router.workspace import Workspace
+
+BUCKETS = [token_bucket(max(N, 1)) for N in range(MAX_TOKEN_TILE + 1)]
 
 
 class Plan(NamedTuple):
@@ -22,10 +25,53 @@ class Plan(NamedTuple):
     kernel: Callable[..., None]
     max_tokens: int  # of one launch
     token_words: int  # scratch words for each token
+    scratch: Workspace
 
 
-BUCKETS = [token_bucket(max(N, 1)) for N in range(MAX_TOKEN_TILE + 1)]
-_plans: dict[tuple[RouterSpec, int, int, bool, bool], Plan] = {}
+def fast(
+    x: Tensor,
+    W: Tensor,
+    bias: Tensor | None,
+    factor: float,
+    options: Options,
+    out_weights: Tensor | None,
+    out_ids: Tensor | None,
+) -> Routing | None:
+    """The call of an engine, up to 64 tokens: plan, allocate, launch. None for any other call.
+
+    What is not looked at here, the kernel's own host code checks before it launches: ranks, dtypes,
+    strides, alignment, equal sizes. A call that it refuses is not fast, and returns None too.
+    """
+    try:
+        N, K = x.shape
+        device = x.get_device()
+        if not (
+            0 < N <= MAX_TOKEN_TILE
+            and device == W.get_device() >= 0
+            and (bias is None or bias.get_device() == device)
+            and (factor.__class__ is float or factor.__class__ is int)
+            and 0 <= factor <= FP32_MAX
+        ):
+            return None
+        plan = plan_of(W.shape[0], K, bias is not None, *options, BUCKETS[N], device)
+        if plan is None:
+            return None
+        k = options[0]
+        if out_weights is None:
+            out_weights = torch.empty(N, k, dtype=torch.float32, device=x.device)
+        elif out_weights.get_device() != device:
+            return None
+        if out_ids is None:
+            out_ids = torch.empty(N, k, dtype=torch.int32, device=x.device)
+        elif out_ids.get_device() != device:
+            return None
+        # As torch.cuda.current_stream(device).cuda_stream, a microsecond faster.
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        scratch = plan.scratch.slot(stream, TICKETS + N * plan.token_words)
+        plan.kernel(x, W, bias, out_weights, out_ids, scratch, factor)
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        return None  # what was not the arguments' fault happens again, and is raised, in `launch`
+    return Routing(out_weights, out_ids)
 
 
 def launch(
@@ -35,66 +81,80 @@ def launch(
     weights: Tensor,
     ids: Tensor,
     spec: RouterSpec,
-    routed_scaling_factor: float,
+    factor: float,
+    options: Options,
+) -> None:
+    """Queue the router on the current stream of x's device. Arguments are checked, N is not 0."""
+    N, device = x.shape[0], x.get_device()
+    bucket = BUCKETS[min(N, MAX_TOKEN_TILE)]
+    plan = plan_of(spec.num_experts, spec.hidden_size, spec.has_bias, *options, bucket, device)
+    if plan is None:
+        generic.launch(x, W, bias, weights, ids, spec, factor, batch_invariant=options[-2])
+        return
+    x, W = row_strided(x), row_strided(W)
+    step = min(N, plan.max_tokens)
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    scratch = plan.scratch.slot(stream, TICKETS + step * plan.token_words)
+    for first in range(0, N, step):
+        rows = slice(first, first + step)
+        plan.kernel(row_strided(x[rows]), W, bias, weights[rows], ids[rows], scratch, factor)
+
+
+def row_strided(matrix: Tensor) -> Tensor:
+    """`matrix` with a row stride that TMA takes: that of a single row says nothing."""
+    K = matrix.shape[1]
+    return matrix.as_strided((1, K), (K, 1)) if matrix.shape[0] == 1 else matrix
+
+
+# typed: without it True would find the plan of 1, and 6.0 that of 6.
+@lru_cache(maxsize=None, typed=True)
+def plan_of(
+    E: int,
+    K: int,
+    has_bias: bool,
+    top_k: int,
+    scoring: Scoring,
+    renormalize: bool,
+    n_group: int,
+    topk_group: int,
     batch_invariant: bool,
     pdl: bool,
-) -> None:
-    """Queue the router on the current stream of x's device. N is at least 1."""
-    N, device = x.shape[0], x.get_device()
-    key = (spec, BUCKETS[N] if N <= MAX_TOKEN_TILE else MAX_TOKEN_TILE, device, batch_invariant, pdl)
-    plan = _plans.get(key)
-    if plan is None:
-        if target_for(device)[0] == "generic":
-            generic.launch(
-                x, W, bias, weights, ids, spec, routed_scaling_factor, batch_invariant, pdl
-            )
-            return
-        plan = _plans[key] = make_plan(*key)
-    if N == 1 and x.stride(0) % 8:
-        x = x.as_strided(x.shape, (spec.hidden_size, 1))  # the stride of a single row says nothing
-    if spec.num_experts == 1 and W.stride(0) % 8:
-        W = W.as_strided(W.shape, (spec.hidden_size, 1))
-    # As torch.cuda.current_stream(device).cuda_stream, a microsecond faster.
-    stream = torch._C._cuda_getCurrentRawStream(device)
-    if N <= plan.max_tokens:
-        scratch = workspace(device).slot(stream, TICKETS + N * plan.token_words)
-        plan.kernel(x, W, bias, weights, ids, scratch, routed_scaling_factor)
-        return
-    scratch = workspace(device).slot(stream, TICKETS + plan.max_tokens * plan.token_words)
-    for i in range(0, N, plan.max_tokens):
-        rows = slice(i, i + plan.max_tokens)
-        plan.kernel(x[rows], W, bias, weights[rows], ids[rows], scratch, routed_scaling_factor)
-
-
-def make_plan(
-    spec: RouterSpec, bucket: int, device: int, batch_invariant: bool, pdl: bool
-) -> Plan:
-    """Choose, compile and load; the first call of a configuration comes here."""
+    bucket: int,
+    device: int,
+) -> Plan | None:
+    """Choose, compile and load; None where the device has no kernel of its own for the product."""
+    router = (E, K, has_bias, top_k, scoring, renormalize, n_group, topk_group)
+    spec = spec_of(*router, batch_invariant, pdl)
+    backend, target = target_for(device)
+    if backend == "generic":
+        return None
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "this router has no compiled kernel yet, and none can be made inside a CUDA graph"
-            f" capture: call cute_router.warmup(spec, tokens) before it; spec={spec}"
+            "this router has no kernel for this batch size yet, and none can be compiled or loaded"
+            f" inside a CUDA graph capture: call cute_router.warmup before it; {spec}"
         )
     config = decode_config(
         spec,
         bucket,
-        target_for(device)[1],
+        target,
         max_cluster=max_cluster(device),
         batch_invariant=batch_invariant,
         pdl=pdl,
     )
     can_implement(config)
-    max_tokens = MAX_TOKEN_TILES * config.tile_tokens
-    return Plan(compiler.kernel(config), max_tokens, config.packet_words)
+    kernel = compiler.kernel(config)
+    return Plan(
+        kernel, MAX_TOKEN_TILES * config.tile_tokens, config.packet_words, workspace(device)
+    )
 
 
-@lru_cache(maxsize=None)
+@cache
 def workspace(device: int) -> Workspace:
     """The scratch of a device."""
     return Workspace(device, head=TICKETS)
 
 
-@lru_cache(maxsize=None)
+@cache
 def max_cluster(device: int) -> int:
     """16 where clusters of 16 CTAs can start; 8, which always can, where they cannot (MIG)."""
     import cutlass.utils

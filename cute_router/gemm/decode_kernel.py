@@ -16,8 +16,8 @@
     part      cluster -> owner's epilogue    1                   S x MT x columns x 4
 
 W and bias do not depend on the kernel ahead and are read before griddepcontrol.wait; x, the outputs
-and the packets of `exchange` only after it. Dependents are triggered at the start: they wait for
-this grid's end anyway, and meanwhile load weights of their own.
+and the packets of `exchange` only after it. Dependents are triggered early (`trigger`): they wait
+for this grid's end anyway, and meanwhile load weights of their own.
 """
 
 from typing import Any, NamedTuple
@@ -29,13 +29,14 @@ import cutlass.pipeline as pipeline
 from cutlass import BFloat16, Boolean, Float32, Int32, Int64
 from cutlass.cute.nvgpu import cpasync
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
-from cutlass.memory import SmemAllocator, TmemAllocator
+from cutlass.memory import SmemAllocator
 
 from cute_router.epilogue.by_candidates import ByCandidates
 from cute_router.epilogue.by_logits import ByLogits
 from cute_router.epilogue.owner import Outputs, Owner
-from cute_router.gemm.config import TILE_K, DecodeConfig
+from cute_router.gemm.config import DecodeConfig
 from cute_router.gemm.exchange import draw_ticket
+from cute_router.gemm.mainloop import Shared
 from cute_router.gemm.mainloop_sm90 import MainloopSm90
 from cute_router.gemm.mainloop_sm100 import MainloopSm100
 from cute_router.gemm.split_k import SplitK
@@ -43,21 +44,7 @@ from cute_router.gemm.split_k import SplitK
 # W is read once a step: it must not drive from the L2 the activations that others wait for. Worth
 # 0.2 to 0.3 us of a chain at every N, for x is then still there (H200, benchmarks/router.py).
 EVICT_FIRST = 0x12F0000000000000
-EPILOGUE_BARRIER, TMEM_BARRIER = 1, 2  # named barriers; 0 is the CTA's own
-
-
-class Shared(NamedTuple):
-    """A CTA's shared memory outside the choice."""
-
-    sW: cute.Tensor  # W tile, STAGE last
-    sX: cute.Tensor  # x tile, STAGE last
-    sPart: cute.Tensor  # (column, expert, rank)
-    full: cute.Pointer
-    free: cute.Pointer
-    done: cute.Pointer
-    part: cute.Pointer
-    ticket: cute.Pointer
-    tmem: cute.Pointer  # where the TMEM allocator leaves its address
+EPILOGUE_BARRIER = 1  # named barrier of the epilogue's threads; 0 is the CTA's own
 
 
 class Place(NamedTuple):
@@ -94,6 +81,7 @@ class DecodeKernel:
         factor: Float32,
         stream: cuda.CUstream,
     ):
+        """Make the TMA descriptors and launch; traced into the kernel's host code."""
         c = self.cfg
         layout_w, layout_x = self.mainloop.layouts()
         atoms = self.mainloop.tma_atoms(mW, mX, layout_w, layout_x)
@@ -125,7 +113,7 @@ class DecodeKernel:
         layout_w: cute.ComposedLayout,
         layout_x: cute.ComposedLayout,
     ):
-        c = self.cfg
+        """The roles of a CTA's warps."""
         tid = cute.arch.thread_idx()[0]
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         place = self.locate(cute.size(mIds, mode=[0]))
@@ -139,7 +127,7 @@ class DecodeKernel:
         if warp == self.load_warp:
             cpasync.prefetch_descriptor(atom_w)
             cpasync.prefetch_descriptor(atom_x)
-            self.init_barriers(s, place)
+            self.init_barriers(s)
             self.load_weights(atom_w, loads[0], s.full, place.rank)
         cute.arch.sync_threads()
         cute.arch.cluster_arrive_relaxed()  # the barriers of this CTA are there for its peers
@@ -149,7 +137,7 @@ class DecodeKernel:
         elif warp == self.load_warp:
             self.load(atom_w, atom_x, loads, s, place.rank)
         else:
-            self.multiply(s)
+            self.mainloop.issue(s, self.mma_warp)
 
     def locate(self, N: Int32) -> Place:
         """This CTA's place in the grid."""
@@ -174,8 +162,8 @@ class DecodeKernel:
         return Shared(sW, sX, sPart, full, free, done, part, ticket, tmem)
 
     @cute.jit
-    def init_barriers(self, s: Shared, place: Place) -> None:
-        """Initialise the CTA's barriers and arm the split-K barrier of an owner. One warp calls."""
+    def init_barriers(self, s: Shared) -> None:
+        """Initialise the CTA's barriers. One warp calls."""
         c = self.cfg
         readers = 1 if cutlass.const_expr(c.blackwell) else c.epilogue_threads // 32
         with cute.arch.elect_one():
@@ -184,8 +172,6 @@ class DecodeKernel:
                 cute.arch.mbarrier_init(s.free + stage, readers)
             cute.arch.mbarrier_init(s.done, 1)
             cute.arch.mbarrier_init(s.part, 1)
-            if place.owned > 0:
-                self.split_k.expect(s.part, place.owned)
         cute.arch.mbarrier_init_fence()
 
     @cute.jit
@@ -212,6 +198,9 @@ class DecodeKernel:
                     cute.arch.mbarrier_arrive_and_expect_tx(s.full + stage, c.tile_bytes)
                 self.load_block(atom_w, tWsW, tWgW, s.full, rank, block, Int64(EVICT_FIRST))
             self.load_block(atom_x, tXsX, tXgX, s.full, rank, block)
+        # See the loads through: a thread that arrived at a barrier should not leave before it.
+        for block in cutlass.range_constexpr(c.k_blocks - c.stages, c.k_blocks):
+            cute.arch.mbarrier_wait(s.full + block % c.stages, block // c.stages % 2)
 
     def load_block(self, atom, tSs, tSg, full, rank, block: int, policy=None) -> None:
         """One TMA load: K block `block` of this CTA's slice."""
@@ -219,43 +208,6 @@ class DecodeKernel:
         stage = block % c.stages
         source = tSg[(None, rank * c.k_blocks + block)]
         cute.copy(atom, source, tSs[(None, stage)], tma_bar_ptr=full + stage, cache_policy=policy)
-
-    @cute.jit
-    def multiply(self, s: Shared) -> None:
-        """The MMA warp of sm_100."""
-        if cutlass.const_expr(self.mainloop.mma_warp):
-            tmem = self.tmem_allocator(s)
-            tmem.allocate(self.mainloop.tmem_columns)
-            tmem.wait_for_alloc()
-            pointer = tmem.retrieve_ptr(Float32)
-            self.mainloop.multiply(pointer, s.sW, s.sX, s.full, s.free, s.done)
-            tmem.relinquish_alloc_permit()
-            self.tmem_read().arrive_and_wait()
-            tmem.free(pointer)
-
-    def tmem_allocator(self, s: Shared) -> TmemAllocator:
-        """The allocator of the accumulators: the MMA warp allocates, the epilogue retrieves."""
-        threads = self.cfg.epilogue_threads + 32
-        barrier = pipeline.NamedBarrier(TMEM_BARRIER, threads)
-        return TmemAllocator(
-            s.tmem, barrier_for_retrieve=barrier, allocator_warp_id=self.mma_warp
-        )
-
-    def tmem_read(self) -> pipeline.NamedBarrier:
-        """Where the MMA warp waits until the accumulators are read, before it frees them."""
-        return pipeline.NamedBarrier(TMEM_BARRIER, self.cfg.epilogue_threads + 32)
-
-    @cute.jit
-    def accumulators(self, s: Shared, tid: Int32):
-        """The seam: the thread's partial sums and their (expert, token) coordinates."""
-        if cutlass.const_expr(self.mainloop.mma_warp):
-            tmem = self.tmem_allocator(s)
-            tmem.wait_for_alloc()
-            rAcc, coords = self.mainloop.read(tid, tmem.retrieve_ptr(Float32), s.done)
-            self.tmem_read().arrive()
-        else:
-            rAcc, coords = self.mainloop.accumulate(tid, s.sW, s.sX, s.full, s.free)
-        return rAcc, coords
 
     @cute.jit
     def epilogue(
@@ -271,10 +223,11 @@ class DecodeKernel:
         """From partial sums to stored weights and ids."""
         c = self.cfg
         if tid == 0:
-            if cutlass.const_expr(c.expert_tiles > 1):
-                if place.owned > 0:
+            if place.owned > 0:
+                self.split_k.expect(s.part, place.owned)
+                if cutlass.const_expr(c.expert_tiles > 1):
                     s.ticket.store(draw_ticket(mScratch, place.tile_n, place.rank, c.expert_tiles))
-            if cutlass.const_expr(__import__("os").environ.get("XT") != "late"):
+            if cutlass.const_expr(c.trigger == "start"):
                 cute.arch.griddepcontrol_launch_dependents()
         first = place.tile_n * c.tile_tokens + place.rank * c.owned
         o = Owner(tid, place.tile_e, first, place.owned, Boolean(True))
@@ -283,10 +236,13 @@ class DecodeKernel:
 
         cute.arch.cluster_wait()  # the peers' barriers are initialised
         cute.arch.griddepcontrol_wait()  # nothing global is written before this
-        if cutlass.const_expr(__import__("os").environ.get("XT") == "late"):
+        if cutlass.const_expr(c.trigger == "wait"):
             if tid == 0:
                 cute.arch.griddepcontrol_launch_dependents()
-        rAcc, coords = self.accumulators(s, tid)
+        rAcc, coords = self.mainloop.accumulate(s, tid)
+        if cutlass.const_expr(c.trigger == "product"):
+            if tid == 0:
+                cute.arch.griddepcontrol_launch_dependents()
         self.split_k.scatter(rAcc, coords, s.sPart, s.part, place.rank, place.columns)
         if place.owned > 0:
             self.split_k.wait(s.part)
@@ -300,7 +256,7 @@ class DecodeKernel:
             self.choice.finish(choice, mScratch, o, out)
 
     @cute.jit
-    def bias_of(self, mBias: cute.Tensor | None, expert: Int32) -> Float32:
+    def bias_of(self, mBias: Any, expert: Int32) -> Float32:
         """The bias of an expert; 0 for padding and where there is none."""
         value = Float32(0.0)
         if cutlass.const_expr(mBias is not None):

@@ -1,4 +1,4 @@
-"""How the expert tiles of a token come together: packets in global memory that carry their own flag.
+"""How the expert tiles of a token meet: packets in global memory that carry their own flags.
 
 An expert tile is one cluster; a token's last decision needs all of them. Clusters cannot see each
 other's shared memory, so they meet in a scratch buffer that is all EMPTY between launches. Senders

@@ -1,4 +1,4 @@
-"""The dense router on CUDA devices without kernels of their own: a library GEMM, then our choice."""
+"""The dense router on CUDA devices without kernels of their own: `torch.mm`, then our choice."""
 
 import torch
 from torch import Tensor
@@ -14,9 +14,9 @@ def launch(
     weights: Tensor,
     ids: Tensor,
     spec: RouterSpec,
-    routed_scaling_factor: float,
+    factor: float,
+    *,
     batch_invariant: bool,
-    pdl: bool,
 ) -> None:
     """Queue `torch.mm` to fp32 logits and the selection kernel; arguments are already checked."""
     # A library GEMM may sum in another order at another batch size; one row's order is its own.
@@ -25,4 +25,4 @@ def launch(
         x.split(step), weights.split(step), ids.split(step), strict=True
     ):
         logits = torch.mm(rows, W.t(), out_dtype=torch.float32)
-        gate.launch(logits, bias, rows_weights, rows_ids, spec, routed_scaling_factor)
+        gate.launch(logits, bias, rows_weights, rows_ids, spec, factor)

@@ -8,23 +8,30 @@ Operands, layouts and the TMA loads are those of the Hopper twin.
 
 import cutlass
 import cutlass.cute as cute
+import cutlass.pipeline as pipeline
 import cutlass.utils.blackwell_helpers as sm100
 from cutlass import BFloat16, Float32, Int32
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
+from cutlass.memory import TmemAllocator
 
 from cute_router.gemm.config import TILE_K, DecodeConfig
+from cute_router.gemm.mainloop import Mainloop, Shared
+
+TMEM_BARRIER = 2  # named barrier of the MMA warp and the epilogue
 
 
-class MainloopSm100:
-    """The seam on sm_100: layouts, TMA atoms and partitions, and the accumulators at the end."""
+class MainloopSm100(Mainloop):
+    """tcgen05.mma, issued by one warp, which also owns the tensor memory."""
 
-    mma_warp = True  # a warp of its own issues the MMAs
+    mma_warp = True
 
     def __init__(self, config: DecodeConfig):
-        self.cfg = config
+        super().__init__(config)
         self.tile = (config.tile_experts, config.tile_tokens, TILE_K)
-        # Token columns that lie side by side in a thread's registers once they leave TMEM.
         self.vector = 4 if config.tile_experts == 128 else 2
+        # Accumulators are fp32 columns; TMEM is allocated in powers of two from 32.
+        self.columns = max(32, config.tile_tokens)
+        self.meet = pipeline.NamedBarrier(TMEM_BARRIER, config.epilogue_threads + 32)
 
     def tiled_mma(self):
         """One CTA's MMA of the whole tile."""
@@ -70,10 +77,9 @@ class MainloopSm100:
             for atom, s, g in pairs
         )
 
-    @property
-    def tmem_columns(self) -> int:
-        """TMEM columns of the accumulators; allocations are powers of two from 32."""
-        return max(32, self.cfg.tile_tokens)
+    def allocator(self, s: Shared, warp: int) -> TmemAllocator:
+        """The TMEM allocator: warp `warp` allocates and frees, the epilogue retrieves."""
+        return TmemAllocator(s.tmem, barrier_for_retrieve=self.meet, allocator_warp_id=warp)
 
     def accumulators(self, tmem: cute.Pointer) -> cute.Tensor:
         """The accumulators in TMEM, (MMA, MMA_M, MMA_N)."""
@@ -82,32 +88,44 @@ class MainloopSm100:
         return cute.make_tensor(tmem, fragment.layout)
 
     @cute.jit
-    def multiply(
-        self, tmem: cute.Pointer, sW: cute.Tensor, sX: cute.Tensor, full, free, done
-    ) -> None:
-        """Issue the MMAs of this CTA's K blocks; `done` completes with the last. One warp calls."""
+    def issue(self, s: Shared, warp: cutlass.Constexpr) -> None:
+        """Allocate, issue the MMAs of this CTA's K blocks, free what the epilogue has read."""
+        tmem = self.allocator(s, warp)
+        tmem.allocate(self.columns)
+        tmem.wait_for_alloc()
+        pointer = tmem.retrieve_ptr(Float32)
+        self.multiply(s, self.accumulators(pointer))
+        tmem.relinquish_alloc_permit()
+        self.meet.arrive_and_wait()
+        tmem.free(pointer)
+
+    @cute.jit
+    def multiply(self, s: Shared, tAcc: cute.Tensor) -> None:
+        """Every MMA of this CTA; `done` completes with the last."""
         c, mma = self.cfg, self.tiled_mma()
-        tCrW, tCrX = mma.make_fragment_A(sW), mma.make_fragment_B(sX)  # (MMA, MMA_MN, MMA_K, STAGE)
-        tAcc = self.accumulators(tmem)
+        tCrW = mma.make_fragment_A(s.sW)  # (MMA, MMA_M, MMA_K, STAGE)
+        tCrX = mma.make_fragment_B(s.sX)  # (MMA, MMA_N, MMA_K, STAGE)
         mma.set(tcgen05.Field.ACCUMULATE, False)
         for block in cutlass.range_constexpr(c.k_blocks):
             stage = block % c.stages
-            cute.arch.mbarrier_wait(full + stage, block // c.stages % 2)
+            cute.arch.mbarrier_wait(s.full + stage, block // c.stages % 2)
             for k in cutlass.range_constexpr(cute.size(tCrW, mode=[2])):
                 tCrW_k, tCrX_k = tCrW[(None, None, k, stage)], tCrX[(None, None, k, stage)]
                 cute.gemm(mma, tAcc, tCrW_k, tCrX_k, tAcc)
                 mma.set(tcgen05.Field.ACCUMULATE, True)
             if cutlass.const_expr(block < c.k_blocks - c.stages):
                 with cute.arch.elect_one():
-                    tcgen05.commit(free + stage)
+                    tcgen05.commit(s.free + stage)
         with cute.arch.elect_one():
-            tcgen05.commit(done)
+            tcgen05.commit(s.done)
 
     @cute.jit
-    def read(self, tid: Int32, tmem: cute.Pointer, done: cute.Pointer):
+    def accumulate(self, s: Shared, tid: Int32):
         """The thread's sums, out of TMEM, with their (expert, token) coordinates."""
         c = self.cfg
-        tAcc = self.accumulators(tmem)[(None, None), 0, 0]
+        tmem = self.allocator(s, 0)
+        tmem.wait_for_alloc()
+        tAcc = self.accumulators(tmem.retrieve_ptr(Float32))[(None, None), 0, 0]
         if cutlass.const_expr(c.tile_experts == 128):
             op = tcgen05.Ld32x32bOp(tcgen05.Repetition(c.tile_tokens))  # a thread has a row
         else:
@@ -116,8 +134,10 @@ class MainloopSm100:
         thr = copy.get_slice(tid)
         coords = thr.partition_D(cute.make_identity_tensor(self.tile[:2]))
         rAcc = cute.make_rmem_tensor(coords.shape, Float32)
-        cute.arch.mbarrier_wait(done, 0)
+        cute.arch.mbarrier_wait(s.done, 0)
         cute.arch.inline_ptx("tcgen05.fence::after_thread_sync;")
         cute.copy(copy, thr.partition_S(tAcc), rAcc)
         cute.arch.fence_view_async_tmem_load()
+        cute.arch.inline_ptx("tcgen05.fence::before_thread_sync;")
+        self.meet.arrive()  # the MMA warp may free the accumulators
         return rAcc, coords

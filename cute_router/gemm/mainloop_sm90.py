@@ -12,17 +12,15 @@ from cutlass import BFloat16, Float32, Int32
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.tensor_utils import LayoutEnum
 
-from cute_router.gemm.config import TILE_K, DecodeConfig
+from cute_router.gemm.config import TILE_K
+from cute_router.gemm.mainloop import Mainloop, Shared
 
 
-class MainloopSm90:
-    """The seam on sm_90a: layouts, TMA atoms and partitions, and the accumulators at the end."""
+class MainloopSm90(Mainloop):
+    """WGMMA, issued by the epilogue's own warps."""
 
-    vector = 2  # token columns that lie side by side in a thread's accumulators
-    mma_warp = False  # the epilogue's own warps issue WGMMA
-
-    def __init__(self, config: DecodeConfig):
-        self.cfg = config
+    vector = 2
+    mma_warp = False
 
     def tiled_mma(self):
         """One WGMMA of 64 experts for each warpgroup."""
@@ -69,19 +67,19 @@ class MainloopSm90:
         )
 
     @cute.jit
-    def accumulate(self, tid: Int32, sW: cute.Tensor, sX: cute.Tensor, full, free):
+    def accumulate(self, s: Shared, tid: Int32):
         """The thread's sums over this CTA's K blocks, with their (expert, token) coordinates."""
         c = self.cfg
         mma = self.tiled_mma()
         thr = mma.get_slice(tid)
-        tCrW = mma.make_fragment_A(thr.partition_A(sW))  # (MMA, MMA_M, MMA_K, STAGE)
-        tCrX = mma.make_fragment_B(thr.partition_B(sX))  # (MMA, MMA_N, MMA_K, STAGE)
+        tCrW = mma.make_fragment_A(thr.partition_A(s.sW))  # (MMA, MMA_M, MMA_K, STAGE)
+        tCrX = mma.make_fragment_B(thr.partition_B(s.sX))  # (MMA, MMA_N, MMA_K, STAGE)
         shape = (c.tile_experts, c.tile_tokens)
         rAcc = cute.make_rmem_tensor(thr.partition_shape_C(shape), Float32)
         mma.set(warpgroup.Field.ACCUMULATE, False)
         for block in cutlass.range_constexpr(c.k_blocks):
             stage = block % c.stages
-            cute.arch.mbarrier_wait(full + stage, block // c.stages % 2)
+            cute.arch.mbarrier_wait(s.full + stage, block // c.stages % 2)
             warpgroup.fence()
             for k in cutlass.range_constexpr(cute.size(tCrW, mode=[2])):
                 tCrW_k, tCrX_k = tCrW[(None, None, k, stage)], tCrX[(None, None, k, stage)]
@@ -91,6 +89,9 @@ class MainloopSm90:
             if cutlass.const_expr(0 < block <= c.k_blocks - c.stages):
                 warpgroup.wait_group(1)  # the block before this one has been read
                 with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive(free + (block - 1) % c.stages)
+                    cute.arch.mbarrier_arrive(s.free + (block - 1) % c.stages)
         warpgroup.wait_group(0)
         return rAcc, thr.partition_C(cute.make_identity_tensor(shape))
+
+    def issue(self, s: Shared, warp: int) -> None:
+        """Nothing: there is no such warp."""

@@ -14,9 +14,9 @@ def launch(
     weights: Tensor,
     ids: Tensor,
     spec: RouterSpec,
-    routed_scaling_factor: float,
+    factor: float,
 ) -> None:
     """Queue the choice on the current stream of the logits' device. N is at least 1."""
     target = target_for(logits.device.index)[1]
     kernel = compiler.kernel(GateConfig(spec, target))
-    kernel(logits, bias, weights, ids, routed_scaling_factor)
+    kernel(logits, bias, weights, ids, factor)

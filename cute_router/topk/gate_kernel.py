@@ -1,6 +1,6 @@
 """The router's step on given logits: weights, ids = renorm(topk(act(logits) + bias)).
 
-    grid  (N / warps)    one warp a token (`epilogue.row`)
+The grid is (N / warps): one warp a token (`epilogue.row`).
 """
 
 from typing import Any
@@ -33,6 +33,7 @@ class GateKernel:
         factor: Float32,
         stream: cuda.CUstream,
     ):
+        """Launch; traced into the kernel's host code."""
         warps = self.cfg.warps
         self.kernel.set_name_prefix("cute_router_gate", remove_cutlass_symbol=True)
         self.kernel(mLogits, mBias, mWeights, mIds, factor).launch(
@@ -50,6 +51,7 @@ class GateKernel:
         mIds: cute.Tensor,
         factor: Float32,
     ):
+        """One warp routes one token."""
         c = self.cfg
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         token = cute.arch.block_idx()[0] * c.warps + warp

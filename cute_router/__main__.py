@@ -1,0 +1,130 @@
+"""The command line of cute_router.
+
+    python -m cute_router compile --arch sm_100a --experts 256 --hidden 4096 --top-k 6
+
+builds the kernels of a router ahead of time, into the cache that `dense_decode` reads. It needs no
+GPU: the target is named.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterable, Sequence
+
+from cute_router import compile as compiler
+from cute_router.arch import TARGETS
+from cute_router.gemm.config import DecodeConfig, can_implement
+from cute_router.heuristics import MAX_TOKEN_TILE, decode_config
+from cute_router.spec import SCORINGS, RouterSpec
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status, or exits with 2 on bad arguments."""
+    parser = argparse.ArgumentParser(
+        prog="python -m cute_router", description="Tools for MoE-router kernels."
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    add_compile(commands)
+    options = parser.parse_args(arguments)
+    status: int = options.run(options)
+    return status
+
+
+def add_compile(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The command that builds ahead of time."""
+    parser = commands.add_parser(
+        "compile",
+        help="build the kernels of a router into the cache; needs no GPU",
+        description="Build the dense_decode kernels of a router into the cache, without a GPU."
+        f" The cache is ${compiler.CACHE_VARIABLE}, or else a folder in the user's cache.",
+    )
+    add = parser.add_argument
+    add("--arch", required=True, choices=sorted(set(TARGETS.values())), help="compile target")
+    add("--experts", required=True, type=int, metavar="E", help="number of experts")
+    add("--hidden", required=True, type=int, metavar="K", help="hidden size")
+    add("--top-k", required=True, type=int, metavar="k", help="experts chosen per token")
+    add("--scoring", choices=SCORINGS, default="sqrtsoftplus", help="default: %(default)s")
+    add("--no-bias", action="store_true", help="the router has no selection bias")
+    add("--no-renormalize", action="store_true", help="weights are not divided by their sum")
+    add("--n-group", type=int, default=1, metavar="G", help="expert groups (default: no groups)")
+    add("--topk-group", type=int, default=1, metavar="g", help="groups chosen per token")
+    add(
+        "--tokens",
+        type=token_count,
+        nargs="+",
+        default=range(1, MAX_TOKEN_TILE + 1),
+        metavar="N",
+        help=f"batch sizes to serve (default: 1 to {MAX_TOKEN_TILE}, which serve larger ones too)",
+    )
+    add("--batch-invariant", action="store_true", help="as batch_invariant=True of dense_decode")
+    add("--no-pdl", action="store_true", help="as pdl=False of dense_decode")
+    parser.set_defaults(run=run_compile, error=parser.error)
+
+
+def run_compile(options: argparse.Namespace) -> int:
+    """Build what the heuristics choose, and print a line for each kernel."""
+    try:
+        plan = choose(options)
+    except ValueError as error:  # one from the compiler would be a fault of ours, and is shown
+        options.error(str(error))
+    for config, tokens in plan.items():
+        cached = compiler._find(compiler.cache_dir(), compiler.symbol(config)) is not None
+        start = time.perf_counter()
+        path = compiler.object_file(config)
+        took = "cached" if cached else f"{time.perf_counter() - start:.1f} s"
+        print(
+            f"tokens {ranges(tokens):<6}"
+            f"  tile {config.tile_experts}x{config.tile_tokens:<2}  split {config.split_k:<2}"
+            f"  stages {config.stages:<2}  smem {config.smem_bytes:>6} B"
+            f"  {took:>6}  {path.stat().st_size / 1024:.0f} KiB  {path}",
+            flush=True,
+        )
+    return 0
+
+
+def choose(options: argparse.Namespace) -> dict[DecodeConfig, list[int]]:
+    """The configurations that serve the asked batch sizes, each with those that it serves."""
+    spec = RouterSpec(
+        options.experts,
+        options.hidden,
+        options.top_k,
+        options.scoring,
+        not options.no_renormalize,
+        not options.no_bias,
+        options.n_group,
+        options.topk_group,
+    )
+    plan: dict[DecodeConfig, list[int]] = {}
+    for N in sorted(set(options.tokens)):
+        config = decode_config(
+            spec,
+            N,
+            options.arch,
+            batch_invariant=options.batch_invariant,
+            pdl=not options.no_pdl,
+        )
+        can_implement(config)
+        plan.setdefault(config, []).append(N)
+    return plan
+
+
+def token_count(text: str) -> int:
+    """A batch size, from the command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive integer; got {text!r}")
+    return int(text)
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Ascending numbers, runs of neighbours as ranges: "1-8,16"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

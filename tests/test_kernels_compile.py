@@ -1,0 +1,246 @@
+"""Every kernel that can be chosen compiles for its target, to the code that it is meant to be.
+
+Nothing here needs a GPU: targets are named. Kernels go through `compile.trace_and_compile`, as they
+do when `dense_decode` is called.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import pytest
+
+pytest.importorskip("cutlass")
+
+from planted_kernel import PlantedConfig
+
+from cute_router import RouterSpec
+from cute_router import compile as compiler
+from cute_router.gemm.config import MAX_SMEM, DecodeConfig, can_implement
+from cute_router.gemm.decode_kernel import DecodeKernel
+from cute_router.heuristics import decode_config, resident
+from cute_router.topk.config import GateConfig
+
+ARCHES = ("sm_90a", "sm_100a", "sm_100f")
+FLASH, PRO = RouterSpec(256, 4096), RouterSpec(384, 7168)
+MAX_TMEM = 512  # columns
+
+
+def chosen() -> dict[DecodeConfig, str]:
+    """Every configuration that serves 1 to 64 tokens of the two shapes, and its name."""
+    configs: dict[DecodeConfig, str] = {}
+    for arch in ARCHES:
+        for spec in (FLASH, PRO):
+            for invariant in (False, True):
+                for N in range(1, 65):
+                    c = decode_config(spec, N, arch, batch_invariant=invariant)
+                    name = f"E{spec.num_experts}-K{spec.hidden_size}-tile{c.tile_tokens}"
+                    configs[c] = f"{arch}-{name}-split{c.split_k}-{c.trigger}"
+    return configs
+
+
+def special(arch: str) -> dict[DecodeConfig, str]:
+    """One configuration for each path that the two shapes do not take, and its name."""
+    groups = RouterSpec(256, 4096, 8, "softmax", n_group=8, topk_group=4)
+    odd = RouterSpec(300, 264, renormalize=False, has_bias=False)
+    ring = decode_config(RouterSpec(256, 65536), 8, arch)
+    assert ring.stages < ring.k_blocks
+    wide = replace(decode_config(FLASH, 16, arch), tile_experts=128, stages=0)
+    return {
+        decode_config(groups, 8, arch): f"{arch}-softmax-groups",
+        ring: f"{arch}-ring",
+        decode_config(RouterSpec(1024, 4096, 32), 64, arch): f"{arch}-E1024-k32",
+        resident(wide): f"{arch}-tile_experts128",
+        decode_config(FLASH, 8, arch, max_cluster=8): f"{arch}-max_cluster8",
+        decode_config(odd, 3, arch, pdl=False): f"{arch}-no-bias-no-pdl-E300-K264",
+    }
+
+
+DECODE = chosen() | special("sm_90a") | special("sm_100a") | special("sm_100f")
+GATE = {
+    GateConfig(spec, arch): f"{arch}-gate-{name}"
+    for arch in ("sm_80", "sm_90a", "sm_100a")
+    for name, spec in {
+        "E256": FLASH,
+        "softmax-groups": RouterSpec(256, 64, 8, "softmax", n_group=8, topk_group=4),
+        "E1024-k32": RouterSpec(1024, 64, 32),
+    }.items()
+}
+
+
+class Build(NamedTuple):
+    """A compiled configuration, and what the compiler said."""
+
+    config: Any
+    ptx: str
+    warnings: list[str]  # of the DSL's static analysis
+    ptxas: str  # its account of registers and memory
+    smem: int  # bytes of shared memory that a launch asks for
+
+
+_built: dict[Any, Build] = {}
+
+
+@pytest.fixture
+def build(request, capfd, tmp_path) -> Iterator[Build]:
+    """The build of the parameter; each configuration is compiled once for all tests."""
+    config = request.param
+    if config not in _built:
+        # In this order: the analyses of the last of the two run, and those of "warnings" are all.
+        options = f"--keep-ptx --dump-dir {tmp_path} remarks{{ptx}} warnings"
+        compiled = compiler.trace_and_compile(config, options)
+        said = re.sub(r"\x1b\[[0-9;]*m", "", capfd.readouterr().err)
+        _built[config] = Build(
+            config,
+            compiled.__ptx__,
+            re.findall(r"^warning: (.*)", said, re.M),
+            said,
+            launch_smem(str(compiled.ir_module)),
+        )
+    return _built[config]
+
+
+def launch_smem(host: str) -> int:
+    """Bytes of dynamic shared memory in the launch, from the MLIR of the host code.
+
+    They are field 2 of cudaLaunchConfig_t, a constant that the DSL takes from what was allocated.
+    """
+    field = r"(%\w+) = llvm.getelementptr %\w+\[0, 2\] : .*struct<\(array<3 x i32>, array<3 x i32>"
+    (slot,) = re.finditer(field, host)
+    stored = re.compile(rf"llvm\.store (%\w+), {slot[1]} :").search(host, slot.end())
+    assert stored
+    constant = rf"{stored[1]} = llvm\.mlir\.constant\((\d+) : i64\)"
+    return int(re.findall(constant, host[: slot.start()])[-1])  # names start anew in each function
+
+
+def uses_local_memory(build: Build) -> bool:
+    """Whether some register array or spilled register lives in memory."""
+    (stack,) = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", build.ptxas)
+    return stack != ("0", "0") or re.search(r"\.local\b", build.ptx) is not None
+
+
+def over(configs: dict[Any, str]) -> pytest.MarkDecorator:
+    """Parametrise a test over the builds of `configs`."""
+    return pytest.mark.parametrize("build", configs, ids=configs.values(), indirect=True)
+
+
+@over({c: name for c, name in DECODE.items() if c.blackwell})
+def test_the_sm_100_product_is_tcgen05s(build):
+    for instruction in ("tcgen05.mma", "tcgen05.alloc", "tcgen05.dealloc", "tcgen05.ld"):
+        assert instruction in build.ptx
+    assert "wgmma" not in build.ptx
+
+
+@over({c: name for c, name in DECODE.items() if not c.blackwell})
+def test_the_sm_90_product_is_wgmmas(build):
+    assert "wgmma.mma_async" in build.ptx
+    assert "tcgen05" not in build.ptx
+
+
+@over(DECODE)
+def test_loads_are_tmas_and_the_cluster_sums_through_shared_memory(build):
+    assert "cp.async.bulk.tensor" in build.ptx
+    assert "st.async.shared::cluster" in build.ptx
+
+
+@over(DECODE)
+def test_the_kernel_waits_for_the_one_ahead_and_lets_the_next_start(build):
+    assert "griddepcontrol.wait" in build.ptx
+    assert "griddepcontrol.launch_dependents" in build.ptx
+
+
+@over(DECODE | GATE)
+def test_the_code_is_for_the_target_that_was_named(build):
+    assert re.search(rf"^\.target {build.config.arch}\b", build.ptx, re.M)
+
+
+@over(DECODE | GATE)
+def test_nothing_is_spilled_or_kept_in_local_memory(build):
+    assert not uses_local_memory(build)
+
+
+@over(DECODE | GATE)
+def test_static_synchronisation_analysis_has_no_warning(build):
+    assert build.warnings == []
+
+
+@over(DECODE)
+def test_shared_memory_is_within_the_budget_and_the_budget_within_the_limit(build):
+    can_implement(build.config)
+    assert build.smem <= build.config.smem_bytes <= MAX_SMEM
+
+
+@over({c: name for c, name in DECODE.items() if c.blackwell})
+def test_tensor_memory_is_a_legal_number_of_columns_that_holds_the_tile(build):
+    columns = DecodeKernel(build.config).mainloop.tmem_columns
+    assert columns in (32, 64, 128, 256, MAX_TMEM)
+    assert columns >= build.config.tile_tokens
+
+
+# --- the checks can fail ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _planted(monkeypatch):
+    monkeypatch.setitem(compiler.TRACERS, "PlantedConfig", "planted_kernel")
+
+
+def planted(fault: str) -> pytest.MarkDecorator:
+    return over({PlantedConfig(arch, fault): arch for arch in ("sm_90a", "sm_100a")})
+
+
+@pytest.mark.usefixtures("_planted")
+@planted("barrier")
+def test_a_wait_on_a_barrier_that_is_never_initialised_is_warned_of(build):
+    assert any("no statically-visible mbarrier.init" in warning for warning in build.warnings)
+    assert not uses_local_memory(build)
+
+
+@pytest.mark.usefixtures("_planted")
+@planted("local")
+def test_an_array_in_local_memory_is_noticed(build):
+    assert uses_local_memory(build)
+    assert build.warnings == []
+
+
+@pytest.mark.usefixtures("_planted")
+@planted("none")
+def test_the_planted_kernel_without_its_fault_passes(build):
+    assert build.warnings == []
+    assert not uses_local_memory(build)
+    assert build.smem >= 8
+
+
+# --- what cannot be built is refused before it is -------------------------------------------------
+
+HOPPER = decode_config(FLASH, 8, "sm_90a")
+BLACKWELL = decode_config(FLASH, 8, "sm_100a")
+RING = decode_config(RouterSpec(256, 65536), 8, "sm_90a")
+
+REFUSED = [
+    (HOPPER, {"arch": "sm_80"}, "arch must be sm_90a, sm_100a or sm_100f; got 'sm_80'"),
+    (HOPPER, {"arch": "sm_100"}, "arch must be .*; got 'sm_100'"),
+    (HOPPER, {"tile_experts": 32}, "tile_experts must be 64 or 128; got 32"),
+    (HOPPER, {"tile_experts": 256}, "tile_experts must be 64 or 128; got 256"),
+    (HOPPER, {"tile_tokens": 24}, r"tile_tokens must be one of \(8, .*\) on sm_90a; got 24"),
+    (HOPPER, {"tile_tokens": 128}, "tile_tokens must be one of .*; got 128"),
+    (BLACKWELL, {"tile_tokens": 8}, r"tile_tokens must be one of \(16, .*\) on sm_100a; got 8"),
+    (HOPPER, {"split_k": 1}, "split_k must be 2, 4, 8 or 16; got 1"),
+    (HOPPER, {"split_k": 3}, "split_k must be 2, 4, 8 or 16; got 3"),
+    (HOPPER, {"split_k": 32}, "split_k must be 2, 4, 8 or 16; got 32"),
+    (HOPPER, {"trigger": "later"}, 'trigger must be "start", "wait" or "product"; got \'later\''),
+    (HOPPER, {"stages": 0}, "stages must be from 2 to k_blocks=4; got 0"),
+    (HOPPER, {"stages": 1}, "stages must be from 2 to k_blocks=4; got 1"),
+    (HOPPER, {"stages": 5}, "stages must be from 2 to k_blocks=4; got 5"),
+    (RING, {"stages": RING.stages + 1}, r"needs \d+ bytes of shared memory; a CTA has 232448"),
+]
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "message"), REFUSED, ids=[f"{c}" for _, c, _ in REFUSED]
+)
+def test_a_configuration_that_cannot_run_is_refused_with_the_reason(config, change, message):
+    can_implement(config)
+    with pytest.raises(ValueError, match=message):
+        can_implement(replace(config, **change))
