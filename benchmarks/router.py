@@ -39,7 +39,7 @@ from cute_router.topk import gate
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
 OURS, EAGER, COMPILED = "cute_router", "eager", "torch.compile"
-CUBLAS, OWN_GATE, FLOOR = "cuBLAS GEMM alone", "cuBLAS + own gate", "W-stream"
+CUBLAS, OWN_GATE, FLOOR = "cuBLAS GEMM alone", "cuBLAS + own gate", "W-stream, no PDL"
 RECORDED = "best recorded peer"
 
 SETS_CHECKED = 2  # of tensors, before a contender is timed: fewest that show which one was read

@@ -42,8 +42,7 @@ class PlantedKernel:
         cute.arch.mbarrier_wait(barrier, 0)
         lane = cute.arch.lane_idx()
         rOut = cute.make_rmem_tensor(WORDS, Float32)
-        for i in cutlass.range_constexpr(WORDS):
-            rOut[i] = mOut[i]
+        rOut.store(mOut.load())
         if cutlass.const_expr(self.cfg.fault == "local"):
             mOut[lane] = rOut[7 * lane]  # registers have no run-time index
         else:

@@ -163,7 +163,10 @@ class DecodeKernel:
 
     @cute.jit
     def init_barriers(self, s: Shared) -> None:
-        """Initialise the CTA's barriers. One warp calls."""
+        """Initialise the CTA's barriers and arm those of the first loads. One warp calls.
+
+        One thread does both: another lane's arrival would not be ordered after the initialisation.
+        """
         c = self.cfg
         readers = 1 if cutlass.const_expr(c.blackwell) else c.epilogue_threads // 32
         with cute.arch.elect_one():
@@ -172,16 +175,15 @@ class DecodeKernel:
                 cute.arch.mbarrier_init(s.free + stage, readers)
             cute.arch.mbarrier_init(s.done, 1)
             cute.arch.mbarrier_init(s.part, 1)
+            for stage in cutlass.range_constexpr(c.stages):
+                cute.arch.mbarrier_arrive_and_expect_tx(s.full + stage, c.tile_bytes)
         cute.arch.mbarrier_init_fence()
 
     @cute.jit
     def load_weights(self, atom: cute.CopyAtom, tiles, full: cute.Pointer, rank: Int32) -> None:
         """Load the first K blocks of W, as many as shared memory holds."""
-        c = self.cfg
         tWsW, tWgW = tiles
-        for block in cutlass.range_constexpr(c.stages):
-            with cute.arch.elect_one():
-                cute.arch.mbarrier_arrive_and_expect_tx(full + block, c.tile_bytes)
+        for block in cutlass.range_constexpr(self.cfg.stages):
             self.load_block(atom, tWsW, tWgW, full, rank, block, Int64(EVICT_FIRST))
 
     @cute.jit
