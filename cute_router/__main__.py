@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 
 from cute_router import compile as compiler
 from cute_router.arch import TARGETS
-from cute_router.gemm.config import DecodeConfig, can_implement
+from cute_router.gemm.config import MAX_CLUSTER, DecodeConfig, can_implement
 from cute_router.heuristics import MAX_TOKEN_TILE, decode_config
 from cute_router.spec import SCORINGS, RouterSpec
 
@@ -57,6 +57,13 @@ def add_compile(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help=f"batch sizes to serve (default: 1 to {MAX_TOKEN_TILE}, which serve larger ones too)",
     )
     add("--batch-invariant", action="store_true", help="as batch_invariant=True of dense_decode")
+    add(
+        "--max-cluster",
+        type=int,
+        choices=(8, MAX_CLUSTER),
+        default=MAX_CLUSTER,
+        help="8 for a GPU, or a slice of one, that does not start clusters of 16",
+    )
     add("--no-pdl", action="store_true", help="as pdl=False of dense_decode")
     parser.set_defaults(run=run_compile, error=parser.error)
 
@@ -68,7 +75,7 @@ def run_compile(options: argparse.Namespace) -> int:
     except ValueError as error:  # one from the compiler would be a fault of ours, and is shown
         options.error(str(error))
     for config, tokens in plan.items():
-        cached = compiler._find(compiler.cache_dir(), compiler.symbol(config)) is not None
+        cached = compiler.cached_file(config) is not None
         start = time.perf_counter()
         path = compiler.object_file(config)
         took = "cached" if cached else f"{time.perf_counter() - start:.1f} s"
@@ -100,6 +107,7 @@ def choose(options: argparse.Namespace) -> dict[DecodeConfig, list[int]]:
             spec,
             N,
             options.arch,
+            max_cluster=options.max_cluster,
             batch_invariant=options.batch_invariant,
             pdl=not options.no_pdl,
         )

@@ -10,14 +10,16 @@ A cached file carries the digest of its contents in its name and appears by an a
 that is torn, corrupt or foreign does not match its name, and counts as absent.
 """
 
+import atexit
 import hashlib
 import importlib
 import os
+import platform
 import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterable
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ import torch
 from cute_router.spec import RouterSpec
 
 CACHE_VARIABLE = "CUTE_ROUTER_CACHE_DIR"
+FLAGS = "--enable-tvm-ffi"  # of every compilation, beside its target
 
 # The DSL's compiler is not thread-safe: two at once abort the process.
 _lock = threading.RLock()
@@ -52,7 +55,12 @@ def kernel(config: Any) -> Callable[..., None]:
 def object_file(config: Any) -> Path:
     """The object file of `config`'s kernel, from the disk cache or newly compiled into it."""
     with _lock:
-        return _find(cache_dir(), symbol(config)) or _compile(config)
+        return cached_file(config) or _compile(config)
+
+
+def cached_file(config: Any) -> Path | None:
+    """The object file of `config`'s kernel, if the disk cache has it."""
+    return _find(cache_dir(), symbol(config))
 
 
 def symbol(config: Any) -> str:
@@ -70,9 +78,9 @@ def cache_dir() -> Path:
     return Path(base).expanduser() / "cute_router"
 
 
-@lru_cache(maxsize=1)
+@cache
 def _toolchain() -> str:
-    """Versions and sources that go into a kernel: the DSL and its CUDA flavour, tvm-ffi, ours."""
+    """All that goes into a kernel beside its configuration: versions, sources, the host's kind."""
     import cutlass
     import tvm_ffi
 
@@ -81,8 +89,19 @@ def _toolchain() -> str:
     for folder in ("epilogue", "gemm", "topk"):  # all that is traced; the rest only chooses
         for path in sorted((root / folder).glob("*.py")):
             sources.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
-    cuda = cutlass.CUDA_VERSION
-    return f"{cutlass.__version__}|{cuda}|{tvm_ffi.__version__}|{sources.hexdigest()}"
+    return "|".join(
+        map(
+            str,
+            (
+                cutlass.__version__,
+                cutlass.CUDA_VERSION,  # which flavour of the DSL's libraries compiles
+                tvm_ffi.__version__,
+                platform.machine(),  # an object file holds native host code
+                FLAGS,
+                sources.hexdigest(),
+            ),
+        )
+    )
 
 
 def _find(folder: Path, name: str) -> Path | None:
@@ -114,7 +133,7 @@ def _compile(config: Any) -> Path:
                 os.replace(draft, target)
             return target
         except OSError as error:
-            _warn_once(f"cute_router cannot keep compiled kernels in {folder}: {error}")
+            _warn_once(folder, error.strerror or str(error))
     raise RuntimeError(f"no folder takes the compiled kernel of {config}")
 
 
@@ -124,8 +143,9 @@ def trace_and_compile(config: Any, options: str = "") -> Any:
 
     with _lock:
         entry, arguments = importlib.import_module(TRACERS[type(config).__name__]).trace(config)
-        flags = f"--gpu-arch {config.arch} --enable-tvm-ffi {options}"
-        return cute.compile(entry, *arguments, options=flags)
+        return cute.compile(
+            entry, *arguments, options=f"--gpu-arch {config.arch} {FLAGS} {options}"
+        )
 
 
 def _load(path: Path, name: str) -> Callable[..., None]:
@@ -135,13 +155,17 @@ def _load(path: Path, name: str) -> Callable[..., None]:
     return function
 
 
-@lru_cache(maxsize=1)
+@cache
 def _fallback_dir() -> Path:
-    return Path(tempfile.mkdtemp(prefix="cute_router-"))
+    """A folder for this process alone, removed when it ends."""
+    folder = tempfile.TemporaryDirectory(prefix="cute_router-", ignore_cleanup_errors=True)
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
 
 
-@lru_cache(maxsize=8)
-def _warn_once(message: str) -> None:
+@cache
+def _warn_once(folder: Path, reason: str) -> None:
+    message = f"cute_router cannot keep compiled kernels in {folder}: {reason}"
     warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 

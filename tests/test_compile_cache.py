@@ -4,7 +4,6 @@ Nothing here needs a GPU. The routers are tiny: what is under test is the cache,
 """
 
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile

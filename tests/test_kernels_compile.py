@@ -25,6 +25,9 @@ ARCHES = ("sm_90a", "sm_100a", "sm_100f")
 FLASH, PRO = RouterSpec(256, 4096), RouterSpec(384, 7168)
 MAX_TMEM = 512  # columns
 
+# Advice on compile time: loops are unrolled on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:This static loop has")
+
 
 def chosen() -> dict[DecodeConfig, str]:
     """Every configuration that serves 1 to 64 tokens of the two shapes, and its name."""
@@ -115,7 +118,7 @@ def launch_smem(host: str) -> int:
 
 def tmem_columns(ptx: str) -> int:
     """Columns that the one allocation of tensor memory asks for."""
-    (allocation,) = re.finditer(r"tcgen05\.alloc\..*\s\[%\w+\], (%?\w+);", ptx)
+    (allocation,) = re.finditer(r"tcgen05\.alloc\..*\s\[[^\]]+\], (%?\w+);", ptx)
     if allocation[1].isdecimal():
         return int(allocation[1])
     constant = rf"mov\.b32\s+{allocation[1]}, (\d+);"

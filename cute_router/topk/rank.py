@@ -12,6 +12,7 @@ import cutlass.cute as cute
 from cutlass import Int32, Uint32
 
 QUAD = 4  # keys of a 16-byte read of shared memory
+FLIGHT = 16  # reads under way at once: more hold too many registers, and no longer hide anything
 
 
 def parts_for(entries: int, threads: int) -> int:
@@ -30,19 +31,22 @@ def rank(
     """
     quads = cute.zipped_divide(keys, (QUAD,))  # (QUAD, n / QUAD)
     steps = cute.size(keys) // (QUAD * parts)
-    rKeys = cute.make_rmem_tensor((QUAD, steps), Uint32)
-    for step in cutlass.range_constexpr(steps):  # every read is under way before the first use
-        rKeys[(None, step)].store(quads[(None, step * parts + part)].load())
     own = index // QUAD
     rOwn = cute.make_rmem_tensor(QUAD, Uint32)
     rOwn.store(quads[(None, own)].load())
 
     counts = [Int32(0) for _ in range(QUAD)]  # independent, for a short chain of dependent steps
-    for step in cutlass.range_constexpr(steps):
-        # Earlier quads win a tie; the entry's own quad, compared strictly here, follows below.
-        beats = cutlass.select_(step * parts + part < own, mine, mine + Uint32(1))
-        for i in cutlass.range_constexpr(QUAD):
-            counts[i] = count_if_at_least(rKeys[i, step], beats, counts[i])
+    for first in cutlass.range_constexpr(0, steps, FLIGHT):
+        reads = min(FLIGHT, steps - first)
+        rKeys = cute.make_rmem_tensor((QUAD, reads), Uint32)
+        for i in cutlass.range_constexpr(reads):
+            rKeys[(None, i)].store(quads[(None, (first + i) * parts + part)].load())
+        for i in cutlass.range_constexpr(reads):
+            # Earlier quads win a tie; the entry's own, compared strictly here, follows below.
+            ahead = (first + i) * parts + part < own
+            beats = cutlass.select_(ahead, mine, mine + Uint32(1))
+            for j in cutlass.range_constexpr(QUAD):
+                counts[j] = count_if_at_least(rKeys[j, i], beats, counts[j])
     place = (counts[0] + counts[1]) + (counts[2] + counts[3])
     for offset in cutlass.range_constexpr(parts.bit_length() - 1):
         place = place + cute.arch.shuffle_sync_bfly(place, offset=1 << offset)
