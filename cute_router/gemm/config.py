@@ -60,6 +60,11 @@ class DecodeConfig:
         return ceil_div(ceil_div(self.spec.hidden_size, TILE_K), self.split_k)
 
     @property
+    def resident(self) -> bool:
+        """Whether shared memory holds all of a CTA's K blocks; else the stages are a ring."""
+        return self.stages == self.k_blocks
+
+    @property
     def expert_tiles(self) -> int:
         """Clusters that share a token tile."""
         return ceil_div(self.spec.num_experts, self.tile_experts)

@@ -192,19 +192,21 @@ class DecodeKernel:
         c = self.cfg
         (tWsW, tWgW), (tXsX, tXgX) = loads
         cute.arch.griddepcontrol_wait()
-        for block in cutlass.range_constexpr(c.k_blocks):
-            stage = block % c.stages
-            if cutlass.const_expr(block >= c.stages):
+        for block in cutlass.range_constexpr(c.stages):
+            self.load_block(atom_x, tXsX, tXgX, s.full, rank, block)
+        if cutlass.const_expr(not c.resident):
+            for block in cutlass.range(c.stages, c.k_blocks):
+                stage = block % c.stages
                 cute.arch.mbarrier_wait(s.free + stage, (block // c.stages - 1) % 2)
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive_and_expect_tx(s.full + stage, c.tile_bytes)
                 self.load_block(atom_w, tWsW, tWgW, s.full, rank, block, Int64(EVICT_FIRST))
-            self.load_block(atom_x, tXsX, tXgX, s.full, rank, block)
+                self.load_block(atom_x, tXsX, tXgX, s.full, rank, block)
         # See the loads through: a thread that arrived at a barrier should not leave before it.
-        for block in cutlass.range_constexpr(c.k_blocks - c.stages, c.k_blocks):
+        for block in cutlass.range(c.k_blocks - c.stages, c.k_blocks, unroll_full=c.resident):
             cute.arch.mbarrier_wait(s.full + block % c.stages, block // c.stages % 2)
 
-    def load_block(self, atom, tSs, tSg, full, rank, block: int, policy=None) -> None:
+    def load_block(self, atom, tSs, tSg, full, rank, block, policy=None) -> None:
         """One TMA load: K block `block` of this CTA's slice."""
         c = self.cfg
         stage = block % c.stages

@@ -106,18 +106,28 @@ class MainloopSm100(Mainloop):
         tCrW = mma.make_fragment_A(s.sW)  # (MMA, MMA_M, MMA_K, STAGE)
         tCrX = mma.make_fragment_B(s.sX)  # (MMA, MMA_N, MMA_K, STAGE)
         mma.set(tcgen05.Field.ACCUMULATE, False)
-        for block in cutlass.range_constexpr(c.k_blocks):
-            stage = block % c.stages
-            cute.arch.mbarrier_wait(s.full + stage, block // c.stages % 2)
-            for k in cutlass.range_constexpr(cute.size(tCrW, mode=[2])):
-                tCrW_k, tCrX_k = tCrW[(None, None, k, stage)], tCrX[(None, None, k, stage)]
-                cute.gemm(mma, tAcc, tCrW_k, tCrX_k, tAcc)
-                mma.set(tcgen05.Field.ACCUMULATE, True)
-            if cutlass.const_expr(block < c.k_blocks - c.stages):
-                with cute.arch.elect_one():
-                    tcgen05.commit(s.free + stage)
+        self.multiply_block(s, mma, tAcc, tCrW, tCrX, 0, first=True)
+        if cutlass.const_expr(c.resident):
+            for block in cutlass.range_constexpr(1, c.k_blocks):
+                self.multiply_block(s, mma, tAcc, tCrW, tCrX, block)
+        else:
+            for block in cutlass.range(1, c.k_blocks):
+                self.multiply_block(s, mma, tAcc, tCrW, tCrX, block)
         with cute.arch.elect_one():
             tcgen05.commit(s.done)
+
+    def multiply_block(self, s: Shared, mma, tAcc, tCrW, tCrX, block, first: bool = False) -> None:
+        """The MMAs of one K block, once it is there; in a ring its stage is then free."""
+        stage = block % self.cfg.stages
+        cute.arch.mbarrier_wait(s.full + stage, block // self.cfg.stages % 2)
+        for k in range(cute.size(tCrW, mode=[2])):
+            tCrW_k, tCrX_k = tCrW[(None, None, k, stage)], tCrX[(None, None, k, stage)]
+            cute.gemm(mma, tAcc, tCrW_k, tCrX_k, tAcc)
+            if first:  # a run-time loop could not carry the change
+                mma.set(tcgen05.Field.ACCUMULATE, True)
+        if not self.cfg.resident:
+            with cute.arch.elect_one():
+                tcgen05.commit(s.free + stage)
 
     @cute.jit
     def accumulate(self, s: Shared, tid: Int32):

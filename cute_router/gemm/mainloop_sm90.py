@@ -77,21 +77,30 @@ class MainloopSm90(Mainloop):
         shape = (c.tile_experts, c.tile_tokens)
         rAcc = cute.make_rmem_tensor(thr.partition_shape_C(shape), Float32)
         mma.set(warpgroup.Field.ACCUMULATE, False)
-        for block in cutlass.range_constexpr(c.k_blocks):
-            stage = block % c.stages
-            cute.arch.mbarrier_wait(s.full + stage, block // c.stages % 2)
-            warpgroup.fence()
-            for k in cutlass.range_constexpr(cute.size(tCrW, mode=[2])):
-                tCrW_k, tCrX_k = tCrW[(None, None, k, stage)], tCrX[(None, None, k, stage)]
-                cute.gemm(mma, rAcc, tCrW_k, tCrX_k, rAcc)
-                mma.set(warpgroup.Field.ACCUMULATE, True)
-            warpgroup.commit_group()
-            if cutlass.const_expr(0 < block <= c.k_blocks - c.stages):
+        self.multiply_block(s, mma, rAcc, tCrW, tCrX, 0, first=True)
+        if cutlass.const_expr(c.resident):
+            for block in cutlass.range_constexpr(1, c.k_blocks):
+                self.multiply_block(s, mma, rAcc, tCrW, tCrX, block)
+        else:
+            for block in cutlass.range(1, c.k_blocks):
+                self.multiply_block(s, mma, rAcc, tCrW, tCrX, block)
                 warpgroup.wait_group(1)  # the block before this one has been read
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive(s.free + (block - 1) % c.stages)
         warpgroup.wait_group(0)
         return rAcc, thr.partition_C(cute.make_identity_tensor(shape))
+
+    def multiply_block(self, s: Shared, mma, rAcc, tCrW, tCrX, block, first: bool = False) -> None:
+        """The WGMMAs of one K block, once it is there."""
+        stage = block % self.cfg.stages
+        cute.arch.mbarrier_wait(s.full + stage, block // self.cfg.stages % 2)
+        warpgroup.fence()
+        for k in range(cute.size(tCrW, mode=[2])):
+            tCrW_k, tCrX_k = tCrW[(None, None, k, stage)], tCrX[(None, None, k, stage)]
+            cute.gemm(mma, rAcc, tCrW_k, tCrX_k, rAcc)
+            if first:  # a run-time loop could not carry the change
+                mma.set(warpgroup.Field.ACCUMULATE, True)
+        warpgroup.commit_group()
 
     def issue(self, s: Shared, warp: int) -> None:
         """Nothing: there is no such warp."""
