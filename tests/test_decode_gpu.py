@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from cute_router import Routing, dense_decode
+from cute_router import RouterSpec, Routing, dense_decode, warmup
 
 pytestmark = pytest.mark.gpu
 
@@ -253,6 +253,17 @@ def test_a_captured_graph_gives_the_eager_bits_for_what_its_inputs_hold_at_repla
         graph.replay()
         assert_same_bits(captured, run(case, inputs))
         assert_routing(captured, *inputs, **case.options)
+
+
+def test_after_warmup_the_first_call_may_be_a_captured_one():
+    case = Case("warmed, never called", 96, 1024, 4)
+    inputs = draw(case, "cuda")
+    warmup(RouterSpec(case.E, case.K, case.top_k), tokens=[case.N])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(case, inputs)
+    graph.replay()
+    assert_routing(captured, *inputs, **case.options)
 
 
 def test_calls_on_several_streams_do_not_disturb_each_other():
