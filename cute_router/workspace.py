@@ -2,8 +2,9 @@
 
 A slot is used by launches that follow one another, never by two at once: there is one for each
 (device, stream), and one for each (capture, stream) of a CUDA graph, which stays with the graph
-for good (so two executables made from one captured graph must not run at once). Slots are cut from slabs that are initialised once, outside any stream of the user's, so
-that neither an eager call nor a capture ever queues more than its kernel.
+for good. (Two executables made from one captured graph must therefore not run at once.) Slots are
+cut from slabs that are initialised once, outside any stream of the user's, so that neither an eager
+call nor a capture ever queues more than its kernel.
 """
 
 import threading

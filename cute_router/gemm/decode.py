@@ -163,6 +163,8 @@ def max_cluster(device: int) -> int:
         torch.cuda.current_stream().synchronize()  # a context, which the query needs
         try:
             clusters = cutlass.utils.HardwareInfo(device).get_max_active_clusters(MAX_CLUSTER)
-        except RuntimeError:
+        except RuntimeError as error:
+            if "INVALID_CLUSTER_SIZE" not in str(error):
+                raise
             clusters = 0
     return MAX_CLUSTER if clusters > 0 else 8
