@@ -97,6 +97,7 @@ class MainloopSm100(Mainloop):
         self.multiply(s, self.accumulators(pointer))
         tmem.relinquish_alloc_permit()
         self.meet.arrive_and_wait()
+        cute.arch.inline_ptx("tcgen05.fence::after_thread_sync;")  # the epilogue's reads are over
         tmem.free(pointer)
 
     @cute.jit

@@ -1,0 +1,12 @@
+"""A functional simulator of the PTX that the decode kernels compile to; a test tool, CPU only.
+
+    parser -> operations, program     text to basic blocks, each a Python function over 32 lanes
+    machine, warp                     clusters, CTAs, warps and the loop that runs them
+    memory, barriers, tensor          shared, global and tensor memory; mbarriers; TMA and MMA
+    engine                            asynchronous operations: eager, lazy or in random order
+    launch                            a `DecodeConfig` and its inputs to outputs
+
+It reads PTX, as the DSL's documented option keeps it, by the public PTX ISA, and nothing else. What
+it shows is that a kernel is right if the simulator's reading of the ISA is: functionally simulated,
+not validated on a GPU. It knows no time, and approximate functions to fp32's precision only.
+"""

@@ -1,0 +1,80 @@
+"""The 32 lanes of a warp as NumPy arrays: types, constants, and PTX's own arithmetic."""
+
+import numpy as np
+
+WARP = 32
+ALL = np.ones(WARP, bool)  # tested by identity: every lane is active
+LANES = np.arange(WARP, dtype=np.uint32)
+ALL.flags.writeable = LANES.flags.writeable = False
+
+DTYPES = {
+    "p": np.dtype(bool),
+    "u1": np.dtype(np.uint8),
+    "i1": np.dtype(np.int8),
+    "u2": np.dtype(np.uint16),
+    "i2": np.dtype(np.int16),
+    "u4": np.dtype(np.uint32),
+    "i4": np.dtype(np.int32),
+    "f4": np.dtype(np.float32),
+    "u8": np.dtype(np.uint64),
+    "i8": np.dtype(np.int64),
+}
+
+
+def register_type(name: str) -> str:
+    """The type a register's value is kept in: unsigned, of its width; its prefix tells."""
+    for prefix, kind in (("%rd", "u8"), ("%rs", "u2"), ("%p", "p"), ("%r", "u4")):
+        if name.startswith(prefix):
+            return kind
+    raise ValueError(name)
+
+
+def poison(name: str) -> np.ndarray:
+    """What a register holds before it is written: a NaN, or an address that is nowhere."""
+    kind = register_type(name)
+    return np.zeros(WARP, bool) if kind == "p" else constant(-1, kind)
+
+
+def constant(value: int, kind: str) -> np.ndarray:
+    """All lanes hold the bits of `value`."""
+    dtype = DTYPES[kind]
+    if kind == "p":
+        return np.full(WARP, value != 0)
+    bits = value & ((1 << 8 * dtype.itemsize) - 1)
+    return np.full(WARP, bits, f"u{dtype.itemsize}").view(dtype)
+
+
+def flush(a: np.ndarray) -> np.ndarray:
+    """.ftz: subnormals become zeros of their sign."""
+    return np.where(np.abs(a) < np.float32(2.0**-126), np.copysign(np.float32(0), a), a)
+
+
+def ex2(a: np.ndarray) -> np.ndarray:
+    """ex2.approx.ftz.f32, to fp32's precision."""
+    return flush(np.exp2(flush(a)))
+
+
+def rcp(a: np.ndarray) -> np.ndarray:
+    """rcp.approx.ftz.f32, to fp32's precision."""
+    return flush(np.float32(1) / flush(a))
+
+
+def sqrt(a: np.ndarray) -> np.ndarray:
+    """sqrt.approx.ftz.f32, to fp32's precision."""
+    return flush(np.sqrt(flush(a)))
+
+
+def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """fma.rn.f32: the product is exact in fp64 (its sum rounds twice, which ties may show)."""
+    return (a.astype(np.float64) * b + c).astype(np.float32)
+
+
+def high(a: np.ndarray, b: np.ndarray, wide: str) -> np.ndarray:
+    """The upper half of the product of two values of half the width of `wide`."""
+    product = a.astype(wide) * b.astype(wide)
+    return (product >> product.dtype.type(4 * product.dtype.itemsize)).astype(a.dtype)
+
+
+def pair(low: np.ndarray, upper: np.ndarray) -> np.ndarray:
+    """mov.b64 d, {low, upper}"""
+    return low.astype(np.uint64) | (upper.astype(np.uint64) << np.uint64(32))

@@ -1,0 +1,98 @@
+"""Runs a decode kernel in the simulator, as `cute_router.gemm.decode` launches it on a GPU.
+
+A tensor map is a handle to the kernel. What it stands for is what `DecodeKernel` asks for when it
+makes the TMA atoms: rows of W and of x, boxes of a tile's rows by 64 columns, 128-byte swizzle.
+"""
+
+import functools
+import struct
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cute_router import Routing
+from cute_router.compile import trace_and_compile
+from cute_router.gemm.config import MAX_CLUSTER, TICKETS, DecodeConfig, ceil_div
+from ptx_sim.engine import policy_of
+from ptx_sim.errors import SimulationError
+from ptx_sim.machine import Machine
+from ptx_sim.memory import GlobalMemory
+from ptx_sim.program import load
+from ptx_sim.tensor import TensorMap
+
+EMPTY = 0xFFFFFFFF
+DEPENDENT = frozenset(("scratch", "weights", "ids"))  # of the kernel ahead, or like its
+
+
+@functools.cache
+def ptx_of(config: DecodeConfig) -> str:
+    """The PTX of a configuration, by the DSL's option to keep it."""
+    with tempfile.TemporaryDirectory() as folder:
+        text = trace_and_compile(config, f"--keep-ptx --dump-dir {folder}").__ptx__
+        return text if "\n" in text else Path(text).read_text()
+
+
+def simulate(
+    config: DecodeConfig,
+    x: Tensor,
+    W: Tensor,
+    bias: Tensor | None,
+    *,
+    policy: str = "eager",
+    factor: float = 1.0,
+    ptx: str | None = None,
+) -> Routing:
+    """The outputs of one launch; raises a `SimulationError` if anything goes wrong on the way."""
+    c, N, k = config, x.shape[0], config.spec.top_k
+    memory = GlobalMemory()
+    scratch = np.full(TICKETS + N * c.packet_words, EMPTY, np.uint32)
+    scratch[:TICKETS] = 0
+    weights = np.full(N * k, EMPTY, np.uint32)
+    ids = weights.copy()
+
+    def array(name: str, words: np.ndarray, *sizes: int) -> bytes:
+        """The kernel's parameter for a tensor: address, then sizes known only at run time."""
+        return struct.pack(f"<Q{len(sizes)}i", memory.add(name, words), *sizes).ljust(
+            8 + 8 * bool(sizes), b"\xff"
+        )
+
+    def matrix(name: str, values: Tensor, rows: int) -> tuple[TensorMap, bytes]:
+        """A tensor map, and the sizes of the coordinate tensor that goes with it."""
+        bits = values.contiguous().view(torch.int16).numpy().view(np.uint16)
+        sizes = struct.pack("<2i", *values.shape)
+        return TensorMap(name, bits, values.shape[1], rows, after_wait=name == "x"), sizes
+
+    params = [*matrix("W", W, c.tile_experts), *matrix("x", x, c.tile_tokens)]
+    if bias is not None:
+        params.append(array("bias", bias.numpy().view(np.uint32).copy()))
+    params += [array("weights", weights, N), array("ids", ids, N)]
+    params += [array("scratch", scratch, scratch.size), struct.pack("<f", factor)]
+    Machine(
+        load(ptx or ptx_of(c)),
+        params,
+        memory,
+        policy_of(policy),
+        grid=(c.expert_tiles * c.split_k, ceil_div(N, c.tile_tokens)),
+        cluster_size=c.split_k,
+        shared_bytes=c.smem_bytes,
+        dependent=DEPENDENT,
+    ).run()
+    check_scratch(scratch)
+    return Routing(
+        torch.from_numpy(weights.view(np.float32).reshape(N, k)),
+        torch.from_numpy(ids.view(np.int32).reshape(N, k)),
+    )
+
+
+def check_scratch(scratch: np.ndarray) -> None:
+    """Raise unless the next launch finds the scratch as this one did."""
+    tickets = np.flatnonzero(scratch[:TICKETS])
+    if tickets.size:
+        tile, rank = divmod(int(tickets[0]), MAX_CLUSTER)
+        raise SimulationError(f"the ticket of token tile {tile}, rank {rank} is not back at 0")
+    full = np.flatnonzero(scratch[TICKETS:] != EMPTY)
+    if full.size:
+        raise SimulationError(f"{full.size} words of packets are left, the first at {full[0]}")

@@ -1,0 +1,379 @@
+"""Each PTX instruction as Python source: arithmetic as an expression, effects as a method call.
+
+Arithmetic never needs the mask of active lanes (see `program`). Everything else is a method of
+`Warp`, which gets the line, the mask `m`, the opcode and the operands, and returns a tuple of
+destination values; a gate returns what has to be waited for, or None.
+"""
+
+from ptx_sim import lanes
+from ptx_sim.errors import Unsupported
+from ptx_sim.parser import Address, Immediate, Instruction, Operand, Register, Symbol, Vector
+
+# Opcode prefix -> (method of `Warp`, operands that are destinations). The longest prefix counts.
+EFFECTS = {
+    "ld.shared": ("load_shared", 1),
+    "st.shared": ("store_shared", 0),
+    "ld.global": ("load_global", 1),
+    "ld.relaxed.gpu.global": ("load_global", 1),
+    "st.global": ("store_global", 0),
+    "st.relaxed.gpu.global": ("store_global", 0),
+    "atom.relaxed.gpu.global.inc.u32": ("atomic_inc", 1),
+    "mapa.shared::cluster.u32": ("mapa", 1),
+    "elect.sync": ("elect", 2),
+    "shfl.sync": ("shuffle", 1),
+    "redux.sync": ("reduce", 1),
+    "bar.warp.sync": ("converge", 0),
+    "bar.arrive": ("bar_arrive", 0),
+    "barrier.cluster.arrive": ("cluster_arrive", 0),
+    "mbarrier.init.shared": ("barrier_init", 0),
+    "mbarrier.arrive.shared": ("barrier_arrive", 1),
+    "mbarrier.arrive.expect_tx.shared": ("barrier_expect", 1),
+    "cp.async.bulk.tensor.2d.shared::c": ("load_tensor", 0),
+    "st.async": ("store_async", 0),
+    "griddepcontrol.wait": ("grid_wait", 0),
+    "griddepcontrol.launch_dependents": ("nothing", 0),
+    "fence.mbarrier_init": ("fence_inits", 0),
+    "prefetch.tensormap": ("nothing", 0),
+    "wgmma.fence": ("nothing", 0),
+    "wgmma.commit_group": ("wgmma_commit", 0),
+    "tcgen05.fence::before_thread_sync": ("fence_before", 0),
+    "tcgen05.fence::after_thread_sync": ("fence_after", 0),
+    "tcgen05.wait::ld": ("converge", 0),
+    "tcgen05.alloc": ("tmem_alloc", 0),
+    "tcgen05.dealloc": ("tmem_free", 0),
+    "tcgen05.relinquish_alloc_permit": ("tmem_relinquish", 0),
+    "tcgen05.mma.cta_group::1.kind::f16": ("mma", 0),
+    "tcgen05.commit.cta_group::1": ("mma_commit", 0),
+    "tcgen05.ld": ("tmem_load", 1),
+}
+# The same for gates; of their destinations there is only try_wait's predicate, then true.
+GATES = {
+    "gate.poll": "poll",
+    "bar.sync": "bar_sync",
+    "barrier.cluster.wait": "cluster_wait",
+    "mbarrier.try_wait.parity": "barrier_wait",
+    "wgmma.mma_async": "wgmma",
+    "wgmma.wait_group": "wgmma_wait",
+}
+
+COMPARE = {
+    "eq": "{} == {}",
+    "ne": "{} != {}",
+    "lt": "{} < {}",
+    "le": "{} <= {}",
+    "gt": "{} > {}",
+    "ge": "{} >= {}",
+    "num": "~(np.isnan({}) | np.isnan({}))",
+    "nan": "np.isnan({}) | np.isnan({})",
+    "equ": "~({0} < {1}) & ~({0} > {1})",
+    "neu": "({0} != {1}) | np.isnan({0}) | np.isnan({1})",
+    "ltu": "~({} >= {})",
+    "leu": "~({} > {})",
+    "gtu": "~({} <= {})",
+    "geu": "~({} < {})",
+}
+# NumPy's `!=` is true of NaN, PTX's `ne` is not.
+COMPARE_FLOAT = {**COMPARE, "ne": "({0} < {1}) | ({0} > {1})"}
+# Integers: the same for signed and unsigned.
+INTEGER = {"add": "+", "sub": "-", "and": "&", "or": "|", "xor": "^", "mul": "*"}
+FLOAT = {
+    "add": "{} + {}",
+    "sub": "{} - {}",
+    "mul": "{} * {}",
+    "div": "{} / {}",
+    "min": "np.fmin({}, {})",
+    "max": "np.fmax({}, {})",
+    "neg": "-{}",
+    "abs": "np.abs({})",
+    "fma": "lanes.fma({}, {}, {})",
+    "ex2": "lanes.ex2({})",
+    "rcp": "lanes.rcp({})",
+    "sqrt": "lanes.sqrt({})",
+}
+
+
+def effect(opcode: str) -> tuple[str, int] | None:
+    """(method, destinations) of an instruction that is not mere arithmetic, no gate."""
+    found = [prefix for prefix in EFFECTS if opcode.startswith(prefix)]
+    return EFFECTS[max(found, key=len)] if found else None
+
+
+def gate(opcode: str) -> str | None:
+    """The method of a gate."""
+    return next((name for prefix, name in GATES.items() if opcode.startswith(prefix)), None)
+
+
+def is_gate(instruction: Instruction) -> bool:
+    """Whether a warp may have to wait here."""
+    return gate(instruction.opcode) is not None
+
+
+def registers(operand: Operand) -> list[str]:
+    """The registers that an operand names."""
+    match operand:
+        case Register(name):
+            return [name]
+        case Vector(items):
+            return [name for item in items for name in registers(item)]
+        case Address(base, _, coordinates):
+            return registers(base) + registers(Vector(coordinates))
+    return []
+
+
+def destination_count(instruction: Instruction) -> int:
+    """How many leading operands are written."""
+    opcode = instruction.opcode
+    if found := effect(opcode):
+        return found[1]
+    if gate(opcode):
+        return 1 if opcode.startswith(("mbarrier.try_wait", "wgmma.mma_async")) else 0
+    return 0 if opcode.split(".")[0] in ("bra", "ret", "exit") else 1
+
+
+def destinations(instruction: Instruction) -> list[str]:
+    """The registers that an instruction writes."""
+    written = instruction.operands[: destination_count(instruction)]
+    return registers(Vector(written))
+
+
+def sources(instruction: Instruction) -> list[str]:
+    """The registers that an instruction reads."""
+    updates = instruction.opcode.startswith("wgmma.mma_async")  # reads what it writes
+    read = instruction.operands[0 if updates else destination_count(instruction) :]
+    guard = [instruction.guard.name] if instruction.guard else []
+    return registers(Vector(read)) + guard
+
+
+class Emitter:
+    """Writes the function of one block."""
+
+    def __init__(self, slots: dict[str, int], namespace: dict[str, object]):
+        self.slots = slots
+        self.namespace = namespace  # of the functions: constants go there
+        self.lines: list[str] = []
+        self.have: dict[tuple[str, str], str] = {}  # (register, type) -> local variable
+        self.written: set[str] = set()
+        self.count = 0
+
+    def function(self, name: str, instructions: list[Instruction], live: set[str]) -> str:
+        """The source of `name(w, R, m)`: warp, its registers, the mask of active lanes."""
+        result = "None"
+        for instruction in instructions:
+            if instruction.opcode.startswith("bra"):
+                if instruction.guard is not None:
+                    result = self.guard(instruction)
+            elif method := gate(instruction.opcode):
+                result = self.gate(method, instruction)
+            elif instruction.opcode not in ("ret", "exit"):
+                self.emit(instruction)
+        kept = sorted(self.written & live, key=self.slots.__getitem__)
+        if kept:
+            values = [(self.slots[r], self.get(r, lanes.register_type(r))) for r in kept]
+            self.lines.append("if m is lanes.ALL:")
+            self.lines += [f"    R[{slot}] = {value}" for slot, value in values]
+            self.lines.append("else:")
+            self.lines += [f"    R[{s}] = np.where(m, {v}, R[{s}])" for s, v in values]
+        self.lines.append(f"return {result}")
+        return "\n    ".join([f"def {name}(w, R, m):", *self.lines])
+
+    # --- values ---------------------------------------------------------------------------------
+
+    def get(self, register: str, kind: str) -> str:
+        """A local variable with the register's bits as `kind`."""
+        if (register, kind) not in self.have:
+            natural = lanes.register_type(register)
+            known = next((k for r, k in self.have if r == register), None)
+            if known is None:
+                self.have[register, natural] = self.local(f"R[{self.slots[register]}]")
+                known = natural
+            if known != kind:
+                value = self.have[register, known]
+                if lanes.DTYPES[kind].itemsize == lanes.DTYPES[known].itemsize:
+                    expression = f"{value}.view('{kind}')"
+                else:  # the low bits of a wider register
+                    expression = f"{value}.astype('u{kind[1]}').view('{kind}')"
+                self.have[register, kind] = self.local(expression)
+        return self.have[register, kind]
+
+    def put(self, register: str, kind: str, expression: str) -> None:
+        """Give the register a new value, of type `kind`."""
+        value = self.local(expression)
+        for key in [key for key in self.have if key[0] == register]:
+            del self.have[key]
+        self.have[register, kind] = value
+        self.written.add(register)
+
+    def local(self, expression: str) -> str:
+        self.count += 1
+        self.lines.append(f"v{self.count} = {expression}")
+        return f"v{self.count}"
+
+    def constant(self, value: int, kind: str) -> str:
+        name = f"{kind}_{value:x}".replace("-", "m")
+        self.namespace[name] = lanes.constant(value, kind)
+        return name
+
+    def value(self, operand: Operand, kind: str) -> str:
+        """An operand as `kind`."""
+        match operand:
+            case Register(name):
+                return self.get(name, kind)
+            case Immediate(value):
+                return self.constant(value, kind)
+            case Symbol(name):
+                return f"w.symbols['{name}'].astype('{kind}')"
+        raise Unsupported(f"{operand} as a value")
+
+    def guard(self, instruction: Instruction) -> str:
+        """The lanes that a guard lets through."""
+        assert instruction.guard is not None
+        value = self.get(instruction.guard.name, "p")
+        return f"~{value}" if instruction.negated else value
+
+    # --- instructions ---------------------------------------------------------------------------
+
+    def emit(self, instruction: Instruction) -> None:
+        """One instruction that is neither branch nor gate."""
+        if found := effect(instruction.opcode):
+            self.call(instruction, *found)
+            return
+        if instruction.opcode.startswith("ld.param"):
+            kind = "u" + str(int(instruction.parts[-1][1:]) // 8)
+            target, address = instruction.operands
+            self.put(target.name, kind, f"w.load_param('{address.base.name}', {address.offset})")
+            return
+        if instruction.opcode == "mov.b64" and isinstance(instruction.operands[0], Vector):
+            low, high = instruction.operands[0].items
+            whole = self.value(instruction.operands[1], "u8")
+            self.put(low.name, "u4", f"{whole}.astype('u4')")
+            self.put(high.name, "u4", f"({whole} >> {self.constant(32, 'u8')}).astype('u4')")
+            return
+        kind, expression = self.arithmetic(instruction)
+        target = instruction.operands[0].name
+        if instruction.guard is not None:
+            old = self.get(target, kind)
+            expression = f"np.where({self.guard(instruction)}, {expression}, {old})"
+        self.put(target, kind, expression)
+
+    def arithmetic(self, instruction: Instruction) -> tuple[str, str]:
+        """(type, expression) of a result."""
+        parts, inputs = instruction.parts, instruction.operands[1:]
+        name, last = parts[0], parts[-1]
+        if name == "mov" and isinstance(inputs[0], Vector):
+            low, high = (self.value(item, "u4") for item in inputs[0].items)
+            return "u8", f"lanes.pair({low}, {high})"
+        if name == "cvt":
+            return self.convert(parts, inputs[0])
+        if last == "pred":
+            values = [self.value(item, "p") for item in inputs]
+            form = {"mov": "{}", "not": "~{}", "and": "{} & {}", "or": "{} | {}", "xor": "{} ^ {}"}
+            return "p", form[name].format(*values)
+        kind = {"b": "u", "u": "u", "s": "i", "f": "f"}[last[0]] + str(int(last[1:]) // 8)
+        if name == "setp":
+            if len(parts) != 3:
+                raise Unsupported(instruction.opcode)
+            form = (COMPARE_FLOAT if kind[0] == "f" else COMPARE)[parts[1]]
+            return "p", form.format(*(self.value(item, kind) for item in inputs))
+        if name == "selp":
+            a, b = (self.value(item, kind) for item in inputs[:2])
+            return kind, f"np.where({self.value(inputs[2], 'p')}, {a}, {b})"
+        if name in ("mov", "cvta"):
+            return kind, self.value(inputs[0], kind)
+        if kind[0] == "f":
+            values = [self.value(item, kind) for item in inputs]
+            if name not in FLOAT:
+                raise Unsupported(instruction.opcode)
+            return kind, FLOAT[name].format(*values)
+        return self.integer(instruction, kind)
+
+    def integer(self, instruction: Instruction, kind: str) -> tuple[str, str]:
+        """Integer arithmetic."""
+        name, parts, inputs = instruction.parts[0], instruction.parts, instruction.operands[1:]
+        wide = kind[0] + str(2 * int(kind[1]))
+        if name in ("mul", "mad") and parts[1] == "wide":
+            a, b = (f"{self.value(item, kind)}.astype('{wide}')" for item in inputs[:2])
+            sum_ = f" + {self.value(inputs[2], wide)}" if name == "mad" else ""
+            return wide, f"{a} * {b}{sum_}"
+        if name == "mul" and parts[1] == "hi":
+            a, b = (self.value(item, kind) for item in inputs)
+            return kind, f"lanes.high({a}, {b}, '{wide}')"
+        if name == "mad":
+            a, b, c = (self.value(item, kind) for item in inputs)
+            return kind, f"{a} * {b} + {c}"
+        if name in ("shl", "shr"):
+            count = self.value(inputs[1], "u4")
+            count = count if kind == "u4" else f"{count}.astype('{kind}')"
+            return kind, f"{self.value(inputs[0], kind)} {'<<' if name == 'shl' else '>>'} {count}"
+        if name in INTEGER:
+            unsigned = "u" + kind[1]
+            a, b = (self.value(item, unsigned) for item in inputs)
+            return unsigned, f"{a} {INTEGER[name]} {b}"
+        values = [self.value(item, kind) for item in inputs]
+        forms = {"min": "np.minimum({}, {})", "max": "np.maximum({}, {})", "neg": "-{}"}
+        forms |= {"not": "~{}", "abs": "np.abs({})"}
+        if name not in forms:
+            raise Unsupported(instruction.opcode)
+        return kind, forms[name].format(*values)
+
+    def convert(self, parts: list[str], source: Operand) -> tuple[str, str]:
+        """cvt between integers, and from integers to fp32."""
+        to, of = (p[0].replace("s", "i") + str(int(p[1:]) // 8) for p in parts[-2:])
+        if "f" in of or (to[0] == "f" and parts[1] != "rn"):
+            raise Unsupported(".".join(parts))
+        value = self.value(source, of)
+        kind = to if to[1] != "1" else to[0] + "2"  # the least register has 16 bits
+        return kind, f"{value}.astype('{to}')" + (f".astype('{kind}')" if kind != to else "")
+
+    # --- effects --------------------------------------------------------------------------------
+
+    def arguments(self, operands: tuple[Operand, ...]) -> list[str]:
+        """Operands as a method of `Warp` takes them: arrays, sums for addresses, tuples."""
+        found = []
+        for operand in operands:
+            match operand:
+                case Address(base, offset, coordinates):
+                    kind = lanes.register_type(base.name)
+                    text = self.value(base, kind)
+                    found.append(f"{text} + {self.constant(offset, kind)}" if offset else text)
+                    if coordinates:
+                        found.append(f"({', '.join(self.value(c, 'i4') for c in coordinates)})")
+                case Vector(items):
+                    found.append(f"({', '.join(self.arguments(items))},)")
+                case Register(name):
+                    found.append(self.get(name, lanes.register_type(name)))
+                case Immediate(value):
+                    found.append(self.constant(value, "u4"))
+        return found
+
+    def call(self, instruction: Instruction, method: str, count: int) -> None:
+        """A method of `Warp`, and its results into registers."""
+        targets = registers(Vector(instruction.operands[:count]))
+        arguments = self.arguments(instruction.operands[count:])
+        mask = f"m & {self.guard(instruction)}" if instruction.guard else "m"
+        head = [str(instruction.line), mask, repr(instruction.opcode)]
+        call = f"w.{method}({', '.join(head + arguments)})"
+        if not targets:
+            self.lines.append(call)
+            return
+        if instruction.guard is not None:
+            raise Unsupported(f"@ {instruction.opcode}")
+        results = self.local(call)
+        for i, target in enumerate(targets):
+            self.put(target, lanes.register_type(target), f"{results}[{i}]")
+
+    def gate(self, method: str, instruction: Instruction) -> str:
+        """The call that ends a block whose last instruction may have to wait."""
+        if instruction.guard is not None:
+            raise Unsupported(f"@ {instruction.opcode}")
+        operands = instruction.operands
+        head = [str(instruction.line), "m", repr(instruction.opcode)]
+        if method == "barrier_wait":
+            self.put(operands[0].name, "p", "lanes.ALL")
+            operands = operands[1:]
+        if method == "wgmma":  # works on the registers themselves, and later
+            accumulators = registers(operands[0])
+            for register in accumulators:
+                self.get(register, "u4")
+            head.append(repr([self.slots[register] for register in accumulators]))
+            operands = operands[1:]
+        return f"w.{method}({', '.join(head + self.arguments(operands))})"
