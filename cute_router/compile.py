@@ -89,19 +89,15 @@ def _toolchain() -> str:
     for folder in ("epilogue", "gemm", "topk"):  # all that is traced; the rest only chooses
         for path in sorted((root / folder).glob("*.py")):
             sources.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
-    return "|".join(
-        map(
-            str,
-            (
-                cutlass.__version__,
-                cutlass.CUDA_VERSION,  # which flavour of the DSL's libraries compiles
-                tvm_ffi.__version__,
-                platform.machine(),  # an object file holds native host code
-                FLAGS,
-                sources.hexdigest(),
-            ),
-        )
+    parts = (
+        cutlass.__version__,
+        cutlass.CUDA_VERSION,  # which flavour of the DSL's libraries compiles
+        tvm_ffi.__version__,
+        platform.machine(),  # an object file holds native host code
+        FLAGS,
+        sources.hexdigest(),
     )
+    return "|".join(map(str, parts))
 
 
 def _find(folder: Path, name: str) -> Path | None:
@@ -123,7 +119,8 @@ def _compile(config: Any) -> Path:
     """Compile `config` into the cache; into a temporary folder where the cache takes no file."""
     compiled = trace_and_compile(config)
     name = symbol(config)
-    for folder in (cache_dir(), _fallback_dir()):
+    for choose in (cache_dir, _fallback_dir):  # the second is made only where the first fails
+        folder = choose()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as build:

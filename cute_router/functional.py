@@ -5,7 +5,7 @@ Engines call these thousands of times a second, so on CUDA a call first takes th
 refused there, or is not of that kind, goes through every check and learns what is wrong with it.
 """
 
-from functools import lru_cache
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -105,7 +105,7 @@ def _output(
     return given
 
 
-@lru_cache(maxsize=1)
+@cache
 def _cuda() -> ModuleType:
     """The CUDA backend, imported at its first call: it brings the kernel compiler with it."""
     from cute_router.gemm import decode

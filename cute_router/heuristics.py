@@ -66,8 +66,9 @@ def largest_split(hidden_size: int, max_cluster: int) -> int:
 def trigger_for(spec: RouterSpec, bucket: int) -> str:
     """When to let the kernel behind start, so that its loads of W do not meet this one's of x.
 
-    Measured in chains of routers: against "start", 0.1 to 0.4 us a call up to 32 tokens; from there
-    on the kernel behind needs all the time it can get (H200, docs/perf_log.md).
+    Measured in chains of routers: against "start", 0.1 to 0.4 us a call up to 32 tokens, though on
+    one H200 of four "wait" was the slower one at 8; from there on the kernel behind needs all the
+    time it can get (docs/perf_log.md).
     """
     if bucket == 64:
         return "start"
