@@ -168,7 +168,7 @@ def _warn_once(folder: Path, reason: str) -> None:
 
 def warmup(
     spec: RouterSpec,
-    tokens: Iterable[int] = (1, 16, 32, 64),
+    tokens: Iterable[int] = (1, 8, 16, 32, 64),
     device: torch.device | str = "cuda",
     *,
     batch_invariant: bool = False,

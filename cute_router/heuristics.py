@@ -9,16 +9,18 @@ from cute_router.gemm.config import MAX_CLUSTER, MAX_SMEM, TILE_K, DecodeConfig,
 from cute_router.spec import RouterSpec
 
 MAX_TOKEN_TILE = 64
+FEWEST = 2  # tokens of the smallest bucket
 WAVE = 128  # CTAs that run at once on every GPU this serves
+WAVE_ALONE = 112  # CTAs that do, in clusters of 16, each alone on its SM (H200: 7 clusters)
 SMALL_WEIGHTS = 4 << 20  # bytes of W
 
 
 def token_bucket(N: int) -> int:
-    """The batch sizes that share a configuration: the power of two from 8 to 64 that holds N.
+    """The batch sizes that share a configuration: 2, or the power of two from 8 to 64 that holds N.
 
     Larger batches take several tiles of the largest.
     """
-    return min(max(8, 1 << (N - 1).bit_length()), MAX_TOKEN_TILE)
+    return FEWEST if N <= FEWEST else min(max(8, 1 << (N - 1).bit_length()), MAX_TOKEN_TILE)
 
 
 def decode_config(
@@ -35,7 +37,8 @@ def decode_config(
     With `batch_invariant` it does not depend on N: a token's sums are then always taken in the
     same order, whatever its batch. `max_cluster` is 16, or 8 where clusters of 16 do not start.
     """
-    tile_tokens = 16 if batch_invariant else token_bucket(N)
+    bucket = token_bucket(N)
+    tile_tokens = 16 if batch_invariant else max(bucket, 8)
     if arch != "sm_90a":
         tile_tokens = max(tile_tokens, 16)  # tcgen05 with N = 8 is not relied upon
     split_k = largest_split(spec.hidden_size, max_cluster)
@@ -45,11 +48,11 @@ def decode_config(
             tile_tokens, split_k = 16, 8
         else:
             tile_tokens = 32
-    trigger = trigger_for(spec, 16 if batch_invariant else token_bucket(N))
-    config = DecodeConfig(spec, arch, 64, tile_tokens, split_k, 0, trigger, pdl)
+    config = DecodeConfig(spec, arch, 64, tile_tokens, split_k, 0, pdl=pdl)
     while config.smem_bytes + 2 * config.tile_bytes > MAX_SMEM:  # many owned columns, large k
         config = replace(config, tile_tokens=config.tile_tokens // 2)
-    return resident(config)
+    config = resident(config)
+    return config if batch_invariant else beside_its_neighbours(config, bucket)
 
 
 def largest_split(hidden_size: int, max_cluster: int) -> int:
@@ -63,20 +66,27 @@ def largest_split(hidden_size: int, max_cluster: int) -> int:
     return split_k
 
 
-def trigger_for(spec: RouterSpec, bucket: int) -> str:
-    """When to let the kernel behind start, so that its loads of W do not meet this one's of x.
+def beside_its_neighbours(config: DecodeConfig, bucket: int) -> DecodeConfig:
+    """`config` with what decides how it overlaps the kernels ahead of it and behind it.
 
-    Measured in chains of routers: against "start", 0.1 to 0.4 us a call up to 32 tokens, though on
-    one H200 of four "wait" was the slower one at 8; from there on the kernel behind needs all the
-    time it can get (docs/perf_log.md).
+    Measured in chains of routers (docs/perf_log.md). CTAs of two kernels on one SM disturb each
+    other by 0.1 to 0.5 us, where there is room to keep apart. Where there is not, it helps if the
+    loads of W behind do not meet this kernel's of x, except in large batches, where the kernel
+    behind needs all the time it can get. The smallest batches want it later still.
     """
-    if bucket == 64:
-        return "start"
-    large = spec.num_experts * spec.hidden_size * 2 > SMALL_WEIGHTS
-    return "product" if large and bucket <= 16 else "wait"
+    ctas = config.expert_tiles * config.split_k * ceil_div(bucket, config.tile_tokens)
+    if bucket == MAX_TOKEN_TILE:  # serves larger batches too
+        return replace(config, trigger="start")
+    small = config.spec.num_experts * config.spec.hidden_size * 2 <= SMALL_WEIGHTS
+    if ctas > WAVE_ALONE:
+        trigger = "wait"
+    else:
+        trigger = "product" if bucket == FEWEST and small else "start"
+    return replace(config, exclusive=ctas <= WAVE_ALONE, trigger=trigger)
 
 
 def resident(config: DecodeConfig) -> DecodeConfig:
     """`config` with as many stages as fit: all K blocks of a CTA, or a ring of fewer."""
-    room = (MAX_SMEM - replace(config, stages=0).smem_bytes) // config.tile_bytes
+    fixed = replace(config, stages=0, exclusive=False).smem_bytes
+    room = (MAX_SMEM - fixed) // config.tile_bytes
     return replace(config, stages=min(config.k_blocks, room))

@@ -37,6 +37,7 @@ class DecodeConfig:
     trigger:      when the kernel behind may start: at the "start", after the "wait" for the kernel
                   ahead (its weight loads then stay out of the way of this one's x), or after the
                   "product".
+    exclusive:    whether no other CTA may share the SM, by taking more than half of its memory.
     pdl:          whether the launch may overlap the kernel ahead of it.
     """
 
@@ -47,6 +48,7 @@ class DecodeConfig:
     split_k: int = 16
     stages: int = 1
     trigger: str = "wait"
+    exclusive: bool = False
     pdl: bool = True
 
     @property
@@ -130,7 +132,8 @@ class DecodeConfig:
             selection = tile + self.owned * 4 * (3 * self.candidates + self.spec.top_k)
         else:
             selection = (2 * self.owned + 1) * self.groups * GROUP * 4
-        return self.stages * self.tile_bytes + partials + selection + EPILOGUE_MISC
+        used = self.stages * self.tile_bytes + partials + selection + EPILOGUE_MISC
+        return max(used, MAX_SMEM // 2 + 1024) if self.exclusive else used
 
 
 def can_implement(config: DecodeConfig) -> None:

@@ -58,11 +58,11 @@ def fast(
             return None
         k = options[0]
         if out_weights is None:
-            out_weights = torch.empty(N, k, dtype=torch.float32, device=x.device)
+            out_weights = torch.empty_like(like(N, k, torch.float32, device))
         elif out_weights.get_device() != device:
             return None
         if out_ids is None:
-            out_ids = torch.empty(N, k, dtype=torch.int32, device=x.device)
+            out_ids = torch.empty_like(like(N, k, torch.int32, device))
         elif out_ids.get_device() != device:
             return None
         # As torch.cuda.current_stream(device).cuda_stream, a microsecond faster.
@@ -72,6 +72,12 @@ def fast(
     except (AttributeError, TypeError, ValueError, RuntimeError):
         return None  # what was not the arguments' fault happens again, and is raised, in `launch`
     return Routing(out_weights, out_ids)
+
+
+@lru_cache(maxsize=None)
+def like(N: int, k: int, dtype: torch.dtype, device: int) -> Tensor:
+    """An output's likeness: `empty_like` of it costs half of what `empty` costs (0.7 us)."""
+    return torch.empty(N, k, dtype=dtype, device=f"cuda:{device}")
 
 
 def launch(

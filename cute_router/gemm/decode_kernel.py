@@ -95,6 +95,7 @@ class DecodeKernel:
             block=[c.threads, 1, 1],
             cluster=[c.split_k, 1, 1],
             stream=stream,
+            smem=c.smem_bytes,
             use_pdl=c.pdl,
         )
 
@@ -163,10 +164,7 @@ class DecodeKernel:
 
     @cute.jit
     def init_barriers(self, s: Shared) -> None:
-        """Initialise the CTA's barriers and arm those of the first loads. One warp calls.
-
-        One thread does both: another lane's arrival would not be ordered after the initialisation.
-        """
+        """Initialise the CTA's barriers and arm those of the first loads. One warp calls."""
         c = self.cfg
         readers = 1 if cutlass.const_expr(c.blackwell) else c.epilogue_threads // 32
         with cute.arch.elect_one():
@@ -175,9 +173,11 @@ class DecodeKernel:
                 cute.arch.mbarrier_init(s.free + stage, readers)
             cute.arch.mbarrier_init(s.done, 1)
             cute.arch.mbarrier_init(s.part, 1)
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_warp()  # the lane elected next may be another
+        with cute.arch.elect_one():
             for stage in cutlass.range_constexpr(c.stages):
                 cute.arch.mbarrier_arrive_and_expect_tx(s.full + stage, c.tile_bytes)
-        cute.arch.mbarrier_init_fence()
 
     @cute.jit
     def load_weights(self, atom: cute.CopyAtom, tiles, full: cute.Pointer, rank: Int32) -> None:
