@@ -38,6 +38,7 @@ _loaded: dict[Any, Callable[..., None]] = {}
 TRACERS = {
     "DecodeConfig": "cute_router.gemm.decode_kernel",
     "GateConfig": "cute_router.topk.gate_kernel",
+    "RowsConfig": "cute_router.topk.rows_kernel",
 }
 
 

@@ -11,9 +11,10 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32
 
 from cute_router.epilogue.owner import Outputs, Owner
-from cute_router.epilogue.row import WARP, route_row
+from cute_router.epilogue.row import route_row
 from cute_router.gemm.config import DecodeConfig
 from cute_router.gemm.exchange import PACKET, packet, receive, send, word
+from cute_router.topk.rounds import WARP
 
 
 class Logits(NamedTuple):

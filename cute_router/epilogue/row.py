@@ -2,8 +2,7 @@
 
     a = activation(l);   s = a + bias;   ids = the k best of s;   w = a[ids] / sum(a[ids]) * factor
 
-Lane j holds experts j, j + 32, ... in registers. Each of k rounds finds the best key of the warp,
-then the lowest id that has it, and takes it out: exact for any data, in a fixed number of steps.
+Lane j holds experts j, j + 32, ... in registers; they are chosen in rounds (`topk.rounds`).
 """
 
 import cutlass
@@ -14,26 +13,7 @@ from cute_router.epilogue.scoring import activate, exp_nonpositive
 from cute_router.epilogue.weights import weight
 from cute_router.spec import RouterSpec
 from cute_router.topk.key import REMOVED, key, number
-
-WARP = 32
-NOBODY = 0xFFFFFFFF
-
-
-@cute.jit
-def take_best(rKeys: cute.Tensor, lane: Int32) -> Int32:
-    """The index of the warp's best key, the lowest among equals; its key becomes REMOVED."""
-    best = rKeys[0]
-    for i in cutlass.range_constexpr(1, cute.size(rKeys)):
-        best = cutlass.select_(rKeys[i] > best, rKeys[i], best)
-    top = cute.arch.warp_redux_sync(best, kind="umax")
-    index = Uint32(NOBODY)
-    for i in cutlass.range_constexpr(cute.size(rKeys) - 1, -1, -1):
-        index = cutlass.select_(rKeys[i] == top, Uint32(lane + WARP * i), index)
-    index = cute.arch.warp_redux_sync(index, kind="umin")
-    for i in cutlass.range_constexpr(cute.size(rKeys)):
-        taken = index == Uint32(lane + WARP * i)
-        rKeys[i] = cutlass.select_(taken, Uint32(REMOVED), rKeys[i])
-    return index.bitcast(Int32)
+from cute_router.topk.rounds import WARP, take_best
 
 
 @cute.jit

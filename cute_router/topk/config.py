@@ -1,18 +1,91 @@
 """Configurations of the selection kernels."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from cute_router.spec import RouterSpec
+
+MAX_ROW = 1024  # entries of a row that a few lanes hold in registers
+MAX_ROW_TOP_K = 32
+
+
+def dsl_type(name: str) -> Any:
+    """The DSL's type of a torch dtype's name."""
+    import cutlass
+
+    return getattr(cutlass, {"bfloat16": "BFloat16"}.get(name, name.capitalize()))
+
+
+def dtype_name(dtype: Any) -> str:
+    """A torch dtype's name, as configurations hold it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def lanes_for(rows: int, length: int) -> int:
+    """Lanes of a warp for each of up to `rows` rows.
+
+    Fewer lanes exchange less; more hide the latency of memory while there are few rows.
+    """
+    if rows <= 2048:
+        return 32
+    return 8 if length > 128 else 4
+
+
+def dependent_launch(arch: str) -> bool:
+    """Whether a target knows programmatic dependent launch."""
+    return arch not in ("sm_80", "sm_86", "sm_87", "sm_89")
 
 
 @dataclass(frozen=True)
 class GateConfig:
     """One compiled gate kernel: the router's step on given logits.
 
-    spec: the router; its hidden size is not looked at.
-    arch: the compile target.
+    spec:   the router; its hidden size is not looked at.
+    arch:   the compile target.
+    dtype:  of the logits, "float32", "float16" or "bfloat16".
+    vector: whether rows are whole blocks of 8 and, as the bias, start at multiples of 16 bytes.
+    lanes:  of a warp, for each token; 32 unless `by_words`.
+    warps:  of a CTA.
+    pdl:    whether the launch may overlap the kernel ahead of it.
     """
 
     spec: RouterSpec
     arch: str
-    warps: int = 4  # tokens of a CTA
+    dtype: str = "float32"
+    vector: bool = True
+    lanes: int = 32
+    warps: int = 4
+    pdl: bool = True
+
+    @property
+    def by_words(self) -> bool:
+        """Whether the experts' scores are independent of each other, and words decide."""
+        return self.spec.scoring != "softmax" and self.spec.n_group == 1
+
+
+@dataclass(frozen=True)
+class RowsConfig:
+    """One compiled kernel for the k best of short rows.
+
+    length:  L, entries of a row.
+    top_k:   k.
+    dtype:   of the scores, "float32", "float16" or "bfloat16".
+    arch:    the compile target.
+    index:   of the returned indices, "int64" or "int32".
+    lengths: of the rows' valid lengths, "int64" or "int32"; None where every row is whole.
+    vector:  whether rows are whole blocks of 8 and start at multiples of 16 bytes.
+    lanes:   of a warp, for each row.
+    warps:   of a CTA.
+    pdl:     whether the launch may overlap the kernel ahead of it.
+    """
+
+    length: int
+    top_k: int
+    dtype: str
+    arch: str
+    index: str = "int64"
+    lengths: str | None = None
+    vector: bool = True
+    lanes: int = 32
+    warps: int = 4
+    pdl: bool = True

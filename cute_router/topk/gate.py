@@ -1,15 +1,17 @@
-"""Host entry of the selection kernel: fp32 logits that are already checked -> one launch."""
+"""Host entry of the gate kernel: logits that are already checked -> one launch."""
 
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
+import torch
 from torch import Tensor
 
 from cute_router import compile as compiler
 from cute_router.arch import target_for
 from cute_router.spec import HIDDEN_MULTIPLE, RouterSpec
-from cute_router.topk.config import GateConfig
+from cute_router.topk.config import GateConfig, dependent_launch, dtype_name, lanes_for
+from cute_router.topk.rows import MAX_BUCKET, rows_are_vectors
 
 
 def launch(
@@ -19,13 +21,29 @@ def launch(
     ids: Tensor,
     spec: RouterSpec,
     factor: float,
+    pdl: bool = True,
 ) -> None:
     """Queue the choice on the current stream of the logits' device. N is at least 1."""
-    kernel_of(spec, logits.get_device())(logits, bias, weights, ids, factor)
+    vector = rows_are_vectors(logits) and (bias is None or rows_are_vectors(bias))
+    bucket = min(1 << (logits.shape[0] - 1).bit_length(), MAX_BUCKET)
+    kernel = kernel_of(spec, logits.dtype, vector, bucket, pdl, logits.get_device())
+    kernel(logits, bias, weights, ids, factor)
 
 
 @cache
-def kernel_of(spec: RouterSpec, device: int) -> Callable[..., None]:
+def kernel_of(
+    spec: RouterSpec, dtype: torch.dtype, vector: bool, bucket: int, pdl: bool, device: int
+) -> Callable[..., None]:
     """The kernel for routers like `spec` on a device."""
+    target = target_for(device)[1]
     any_hidden_size = replace(spec, hidden_size=HIDDEN_MULTIPLE)  # logits do not tell it
-    return compiler.kernel(GateConfig(any_hidden_size, target_for(device)[1]))
+    config = GateConfig(
+        any_hidden_size,
+        target,
+        dtype_name(dtype),
+        vector,
+        pdl=pdl and dependent_launch(target),
+    )
+    if config.by_words:
+        config = replace(config, lanes=lanes_for(bucket, spec.num_experts))
+    return compiler.kernel(config)

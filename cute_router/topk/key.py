@@ -5,7 +5,7 @@
 Selection everywhere compares (key descending, index ascending), a total order, so that the router's
 epilogue and the standalone kernels cannot disagree on ties. Keys of numbers lie between
 key(-inf) = 0x007FFFFF and key(+inf) = 0xFF800000: what is below serves NaN and removed slots, what
-is above serves NaN-first orders and the empty packets of `gemm.exchange`.
+is above serves NaN-first orders and the empty packets of `gemm.exchange`, which has no such keys.
 """
 
 import cutlass
@@ -14,7 +14,6 @@ from cutlass import Float32, Int32, Uint32
 
 REMOVED = 0  # below every key: padding, an expert of a group that was not chosen, one already taken
 NAN_LAST = 1
-NAN_FIRST = 0xFFFFFFFE
 
 
 @cute.jit
@@ -23,8 +22,10 @@ def key(value: Float32, nan: cutlass.Constexpr = "last") -> Uint32:
     bits = (value + Float32(0.0)).bitcast(Int32)  # -0 + 0 = +0: equal numbers have equal keys
     # Flip the sign of positives, every bit of negatives: two's complement order becomes unsigned.
     ordered = (bits ^ ((bits >> 31) | Int32(-0x80000000))).bitcast(Uint32)
-    nan_key = Uint32(NAN_LAST if cutlass.const_expr(nan == "last") else NAN_FIRST)
-    return cutlass.select_(value == value, ordered, nan_key)
+    # The sum of any NaN is the canonical one, 0x7FFFFFFF, which by now is the highest key.
+    if cutlass.const_expr(nan == "last"):
+        ordered = cutlass.select_(value == value, ordered, Uint32(NAN_LAST))
+    return ordered
 
 
 @cute.jit

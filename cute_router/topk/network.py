@@ -1,0 +1,72 @@
+"""Sorting networks over words in a thread's registers: no branch, no index known only at run time.
+
+    sort        a list, best first (Batcher's odd-even merge sort)
+    best_half   of two sorted lists of W words the W best, sorted: W maxima leave a bitonic
+                sequence, which log2(W) half-cleaners sort
+
+Lists are Python lists of Uint32, worked on while the kernel is traced.
+"""
+
+from collections.abc import Iterator
+
+import cutlass.cute as cute
+from cutlass import Uint32
+
+
+@cute.jit
+def greater(a: Uint32, b: Uint32) -> Uint32:
+    """The larger of two words."""
+    return cute.arch.inline_ptx(
+        "max.u32 {$w0}, {$r0}, {$r1};", write_only_types=[Uint32], read_only_args=[a, b]
+    )
+
+
+@cute.jit
+def less(a: Uint32, b: Uint32) -> Uint32:
+    """The smaller of two words."""
+    return cute.arch.inline_ptx(
+        "min.u32 {$w0}, {$r0}, {$r1};", write_only_types=[Uint32], read_only_args=[a, b]
+    )
+
+
+def sort(words: list) -> list:
+    """`words`, as many as a power of two, in descending order."""
+    words = list(words)
+    for i, j in _odd_even_pairs(len(words)):
+        words[i], words[j] = greater(words[i], words[j]), less(words[i], words[j])
+    return words
+
+
+def best_half(ours: list, theirs: list) -> list:
+    """The best half of two sorted lists of one length, sorted."""
+    best = [greater(a, b) for a, b in zip(ours, reversed(theirs), strict=True)]
+    distance = len(best) // 2
+    while distance:
+        for i in range(len(best)):
+            if not i & distance:
+                a, b = best[i], best[i + distance]
+                best[i], best[i + distance] = greater(a, b), less(a, b)
+        distance //= 2
+    return best
+
+
+def best_of_rest(ours: list, theirs: list) -> Uint32:
+    """The best word of two sorted lists of one length that `best_half` leaves out."""
+    best = None
+    for a, b in zip(ours, reversed(theirs), strict=True):
+        best = less(a, b) if best is None else greater(best, less(a, b))
+    return best
+
+
+def _odd_even_pairs(n: int) -> Iterator[tuple[int, int]]:
+    """The comparisons of Batcher's network for n words, in an order in which they can be made."""
+    run = 1
+    while run < n:  # runs of this length are sorted, and are merged in pairs
+        distance = run
+        while distance:
+            for first in range(distance % run, n - distance, 2 * distance):
+                for i in range(first, min(first + distance, n - distance)):
+                    if i // (2 * run) == (i + distance) // (2 * run):
+                        yield i, i + distance
+            distance //= 2
+        run *= 2

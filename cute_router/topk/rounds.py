@@ -1,0 +1,31 @@
+"""Selection in rounds: find the best key of a warp, take it out, k times.
+
+Lane j holds the entries j, j + 32, ... of a row in registers. A round finds the best key, then the
+lowest index that has it: exact for any data, in a fixed number of steps.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32, Uint32
+
+from cute_router.topk.key import REMOVED
+
+WARP = 32
+NOBODY = 0xFFFFFFFF
+
+
+@cute.jit
+def take_best(rKeys: cute.Tensor, lane: Int32) -> Int32:
+    """The index of the warp's best key, the lowest among equals; its key becomes REMOVED."""
+    best = rKeys[0]
+    for i in cutlass.range_constexpr(1, cute.size(rKeys)):
+        best = cutlass.select_(rKeys[i] > best, rKeys[i], best)
+    top = cute.arch.warp_redux_sync(best, kind="umax")
+    index = Uint32(NOBODY)
+    for i in cutlass.range_constexpr(cute.size(rKeys) - 1, -1, -1):
+        index = cutlass.select_(rKeys[i] == top, Uint32(lane + WARP * i), index)
+    index = cute.arch.warp_redux_sync(index, kind="umin")
+    for i in cutlass.range_constexpr(cute.size(rKeys)):
+        taken = index == Uint32(lane + WARP * i)
+        rKeys[i] = cutlass.select_(taken, Uint32(REMOVED), rKeys[i])
+    return index.bitcast(Int32)

@@ -1,0 +1,83 @@
+"""Host entry of topk on short rows: arguments that are already checked -> one launch."""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from cute_router import compile as compiler
+from cute_router.arch import target_for
+from cute_router.topk.block import BLOCK, VECTOR_BITS
+from cute_router.topk.config import (
+    MAX_ROW,
+    MAX_ROW_TOP_K,
+    RowsConfig,
+    dependent_launch,
+    dtype_name,
+    lanes_for,
+)
+
+MAX_BUCKET = 1 << 16  # beyond so many rows nothing changes
+
+
+def serves(length: int, top_k: int) -> bool:
+    """Whether rows of this length are short, for so many results."""
+    return length <= MAX_ROW and top_k <= MAX_ROW_TOP_K
+
+
+def launch(
+    scores: Tensor, lengths: Tensor | None, values: Tensor, indices: Tensor, *, pdl: bool = True
+) -> None:
+    """Queue topk of each row of a matrix on the current stream of its device."""
+    rows, length = scores.shape
+    kernel = kernel_of(
+        length,
+        values.shape[1],
+        scores.dtype,
+        indices.dtype,
+        None if lengths is None else lengths.dtype,
+        rows_are_vectors(scores),
+        min(1 << (rows - 1).bit_length(), MAX_BUCKET),
+        pdl,
+        scores.get_device(),
+    )
+    kernel(scores, lengths, values, indices)
+
+
+def rows_are_vectors(t: Tensor) -> bool:
+    """Whether all rows of a matrix (or a vector) are whole blocks, and start as vectors do."""
+    unit = VECTOR_BITS // 8
+    return (
+        t.shape[-1] % BLOCK == 0
+        and t.data_ptr() % unit == 0
+        and (t.ndim == 1 or t.shape[0] == 1 or t.stride(0) * t.element_size() % unit == 0)
+    )
+
+
+@cache
+def kernel_of(
+    length: int,
+    top_k: int,
+    dtype: torch.dtype,
+    index: torch.dtype,
+    lengths: torch.dtype | None,
+    vector: bool,
+    bucket: int,
+    pdl: bool,
+    device: int,
+) -> Callable[..., None]:
+    """The kernel for rows of this kind, of which there are up to `bucket`, on a device."""
+    target = target_for(device)[1]
+    config = RowsConfig(
+        length,
+        top_k,
+        dtype_name(dtype),
+        target,
+        dtype_name(index),
+        None if lengths is None else dtype_name(lengths),
+        vector,
+        lanes_for(bucket, length),
+        pdl=pdl and dependent_launch(target),
+    )
+    return compiler.kernel(config)
