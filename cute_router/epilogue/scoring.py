@@ -13,7 +13,10 @@ from cutlass import Float32, Int32
 
 LOG2_E = 1.4426950408889634
 LOG2_E_LOW = LOG2_E - 1.44269502162933349609375  # what fp32 loses of it
-ROUNDER = 12582912.0  # 1.5 * 2^23: adding it rounds to a whole number, found in the low bits
+LIFT = 64  # binary orders that keep the smallest results out of the subnormals on their way
+# 1.5 * 2^23: adding it rounds to a whole number, which then stands in the low bits. With the bias
+# of an exponent and LIFT on top, those bits are the exponent of 2^(whole + LIFT).
+ROUNDER = 12582912.0 + 127 + LIFT
 
 # Below this l, log1p(e) = e (1 - e/2) to fp32 precision, e = exp(l), and its root is
 # exp(l/2) (1 - e/4): half the exponent, so that the result underflows only where it must.
@@ -34,12 +37,6 @@ LOG1P = (
 
 
 @cute.jit
-def power_of_two(n: Int32) -> Float32:
-    """2^n for n in [-126, 127], exactly."""
-    return ((n + 127) << 23).bitcast(Float32)
-
-
-@cute.jit
 def exp_nonpositive(v: Float32) -> Float32:
     """exp(v) for v <= 0 by a two-term range reduction: relative error about 2e-7."""
     v = cute.arch.fmax(v, Float32(-110.0))  # exp(-110) is 0 in fp32, and -inf * x is no NaN
@@ -47,11 +44,9 @@ def exp_nonpositive(v: Float32) -> Float32:
     whole = shifted - Float32(ROUNDER)
     fraction = cute.math.fma(v, Float32(LOG2_E), -whole)
     fraction = cute.math.fma(v, Float32(LOG2_E_LOW), fraction)
-    # 2^whole in two factors, for the result may be subnormal where neither factor is.
-    n = shifted.bitcast(Int32) - Float32(ROUNDER).bitcast(Int32)
-    half = n >> 1
     root = cute.math.exp2(fraction, approx=True, ftz=True)
-    return root * power_of_two(half) * power_of_two(n - half)
+    power = (shifted.bitcast(Int32) << 23).bitcast(Float32)
+    return root * power * Float32(2.0**-LIFT)  # the result may be subnormal, no factor is
 
 
 def log1p_unit(e: Float32) -> Float32:
@@ -67,28 +62,35 @@ def log1p_unit(e: Float32) -> Float32:
 
 @cute.jit
 def sqrtsoftplus(logit: Float32) -> Float32:
-    """sqrt(softplus(logit)), the activation of DeepSeek-V4's router."""
+    """sqrt(softplus(logit)), the activation of DeepSeek-V4's router. A NaN stays one."""
     in_tail = logit < Float32(TAIL)
-    magnitude = cute.arch.fmax(logit, -logit)
+    magnitude = cute.math.absf(logit)
     e = exp_nonpositive(cutlass.select_(in_tail, logit * 0.5, -magnitude))
-    softplus = cute.arch.fmax(logit, Float32(0.0)) + log1p_unit(e)
-    body = cute.math.sqrt(softplus, fastmath=True)
+    positive = cute.math.fma(magnitude, Float32(0.5), logit * 0.5)  # max(l, 0), which keeps NaN
+    body = sqrt(positive + log1p_unit(e))
     return cutlass.select_(in_tail, e * (1.0 - e * e * 0.25), body)
 
 
 @cute.jit
+def sqrt(v: Float32) -> Float32:
+    """The square root of 0 or a normal number, in one instruction: relative error about 1e-7."""
+    return cute.arch.inline_ptx(
+        "sqrt.approx.ftz.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[v]
+    )
+
+
+@cute.jit
 def sigmoid(logit: Float32) -> Float32:
-    """1 / (1 + exp(-logit)), the activation of DeepSeek-V3's router."""
-    e = exp_nonpositive(-cute.arch.fmax(logit, -logit))
+    """1 / (1 + exp(-logit)), the activation of DeepSeek-V3's router. A NaN stays one."""
+    e = exp_nonpositive(-cute.math.absf(logit))
     numerator = cutlass.select_(logit < Float32(0.0), e, Float32(1.0))
-    return numerator * cute.arch.rcp_approx(1.0 + e)
+    value = numerator * cute.arch.rcp_approx(1.0 + e)
+    return cutlass.select_(logit == logit, value, logit)  # the clamp of exp has lost it
 
 
 @cute.jit
 def activate(logit: Float32, scoring: cutlass.Constexpr) -> Float32:
     """The activation of one logit; softmax needs its whole row and is not here."""
     if cutlass.const_expr(scoring == "sqrtsoftplus"):
-        value = sqrtsoftplus(logit)
-    else:
-        value = sigmoid(logit)
-    return cutlass.select_(logit == logit, value, logit)  # max and min lose a NaN on the way
+        return sqrtsoftplus(logit)
+    return sigmoid(logit)

@@ -16,6 +16,11 @@ def dsl_type(name: str) -> Any:
     return getattr(cutlass, {"bfloat16": "BFloat16"}.get(name, name.capitalize()))
 
 
+def run_of(dtype: str) -> int:
+    """Entries of 16 bytes."""
+    return 4 if dtype == "float32" else 8
+
+
 def dtype_name(dtype: Any) -> str:
     """A torch dtype's name, as configurations hold it."""
     return str(dtype).removeprefix("torch.")
@@ -43,7 +48,7 @@ class GateConfig:
     spec:   the router; its hidden size is not looked at.
     arch:   the compile target.
     dtype:  of the logits, "float32", "float16" or "bfloat16".
-    vector: whether rows are whole blocks of 8 and, as the bias, start at multiples of 16 bytes.
+    vector: whether rows are whole runs of 16 bytes and start at multiples of them.
     lanes:  of a warp, for each token; 32 unless `by_words`.
     warps:  of a CTA.
     pdl:    whether the launch may overlap the kernel ahead of it.
@@ -56,6 +61,11 @@ class GateConfig:
     lanes: int = 32
     warps: int = 4
     pdl: bool = True
+
+    @property
+    def run(self) -> int:
+        """Neighbouring logits that a lane copies at once."""
+        return run_of(self.dtype)
 
     @property
     def by_words(self) -> bool:
@@ -73,7 +83,7 @@ class RowsConfig:
     arch:    the compile target.
     index:   of the returned indices, "int64" or "int32".
     lengths: of the rows' valid lengths, "int64" or "int32"; None where every row is whole.
-    vector:  whether rows are whole blocks of 8 and start at multiples of 16 bytes.
+    vector:  whether rows are whole runs of 16 bytes and start at multiples of them.
     lanes:   of a warp, for each row.
     warps:   of a CTA.
     pdl:     whether the launch may overlap the kernel ahead of it.
@@ -89,3 +99,8 @@ class RowsConfig:
     lanes: int = 32
     warps: int = 4
     pdl: bool = True
+
+    @property
+    def run(self) -> int:
+        """Neighbouring scores that a lane copies at once."""
+        return run_of(self.dtype)

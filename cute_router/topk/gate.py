@@ -24,9 +24,10 @@ def launch(
     pdl: bool = True,
 ) -> None:
     """Queue the choice on the current stream of the logits' device. N is at least 1."""
-    vector = rows_are_vectors(logits) and (bias is None or rows_are_vectors(bias))
     bucket = min(1 << (logits.shape[0] - 1).bit_length(), MAX_BUCKET)
-    kernel = kernel_of(spec, logits.dtype, vector, bucket, pdl, logits.get_device())
+    kernel = kernel_of(
+        spec, logits.dtype, rows_are_vectors(logits), bucket, pdl, logits.get_device()
+    )
     kernel(logits, bias, weights, ids, factor)
 
 

@@ -18,11 +18,11 @@ from cutlass.memory import SmemAllocator
 from cute_router.epilogue.row import route_row
 from cute_router.epilogue.scoring import activate
 from cute_router.epilogue.weights import weight
-from cute_router.topk.block import BLOCK, read_block
 from cute_router.topk.config import GateConfig, dsl_type
 from cute_router.topk.key import REMOVED, key
 from cute_router.topk.lanes import Lanes
 from cute_router.topk.rounds import WARP
+from cute_router.topk.staging import arrived, read, stage
 
 
 class GateKernel:
@@ -31,7 +31,7 @@ class GateKernel:
     def __init__(self, config: GateConfig):
         self.cfg = config
         spec = config.spec
-        self.lay = Lanes(spec.num_experts, spec.top_k, config.lanes, exact=False)
+        self.lay = Lanes(spec.num_experts, spec.top_k, config.lanes, config.run, exact=False)
         self.tokens = WARP // config.lanes  # of a warp
         self.padded = -(-spec.num_experts // WARP) * WARP
 
@@ -68,24 +68,28 @@ class GateKernel:
         c = self.cfg
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         first = (cute.arch.block_idx()[0] * c.warps + warp) * self.tokens
-        # Only expert groups put keys there.
-        rows = self.padded if cutlass.const_expr(c.spec.n_group > 1) else 1
-        sKeys = SmemAllocator().allocate_tensor(Uint32, cute.make_layout((rows, c.warps)), 16)
+        smem = SmemAllocator()
+        sBias = self.load_bias(smem, mBias) if cutlass.const_expr(mBias is not None) else None
         if cutlass.const_expr(c.pdl):
             cute.arch.griddepcontrol_launch_dependents()
             cute.arch.griddepcontrol_wait()
         if cutlass.const_expr(c.by_words):
-            doubts = self.route(mLogits, mBias, mWeights, mIds, factor, first)
+            layout = cute.make_layout((self.lay.room, self.tokens, c.warps))
+            sLogits = smem.allocate_tensor(mLogits.element_type, layout, 16)[None, None, warp]
+            doubts = self.route(mLogits, sLogits, sBias, mWeights, mIds, factor, first)
+            sKeys = None
         else:
             doubts = Int32(first < cute.size(mLogits, mode=[0]))
+            sKeys = smem.allocate_tensor(Uint32, cute.make_layout((self.padded, c.warps)), 16)
+            sKeys = sKeys[None, warp]
         while doubts != 0:
             token = first + cute.arch.popc((doubts & -doubts) - 1) // c.lanes
             route_row(
-                mLogits[(token, None)],
-                mBias,
-                sKeys[(None, warp)],
-                mWeights[(token, None)],
-                mIds[(token, None)],
+                mLogits[token, None],
+                sBias,
+                sKeys,
+                mWeights[token, None],
+                mIds[token, None],
                 factor,
                 cute.arch.lane_idx(),
                 c.spec,
@@ -93,53 +97,61 @@ class GateKernel:
             doubts = doubts & (doubts - 1)
 
     @cute.jit
+    def load_bias(self, smem: SmemAllocator, mBias: cute.Tensor) -> cute.Tensor:
+        """The bias in shared memory. It may be read before the wait for the kernel ahead."""
+        tid, threads = cute.arch.thread_idx()[0], WARP * self.cfg.warps
+        sBias = smem.allocate_tensor(Float32, cute.make_layout(self.lay.room), 16)
+        for i in cutlass.range_constexpr(-(-cute.size(mBias) // threads)):
+            if tid + i * threads < cute.size(mBias):
+                sBias[tid + i * threads] = mBias[tid + i * threads]
+        cute.arch.sync_threads()
+        return sBias
+
+    @cute.jit
     def route(
         self,
         mLogits: cute.Tensor,
-        mBias: cute.Tensor | None,
+        sLogits: cute.Tensor,
+        sBias: cute.Tensor | None,
         mWeights: cute.Tensor,
         mIds: cute.Tensor,
         factor: Float32,
         first: Int32,
     ) -> Int32:
-        """Route the warp's tokens by words; the bits of the lanes whose token is left in doubt."""
-        c = self.cfg
+        """Route the warp's tokens by words; the bits of lanes whose token is left in doubt."""
+        c, lay = self.cfg, self.lay
         lane = cute.arch.lane_idx() % c.lanes
         token = first + cute.arch.lane_idx() // c.lanes
         last = cute.size(mLogits, mode=[0]) - 1
-        gLogits = mLogits[(cutlass.min(token, last), None)]  # lanes without one repeat the last
+        sRow = sLogits[None, token - first]
+        source = cutlass.min(token, last)  # lanes without a token take the last, and store nothing
+        stage(mLogits[source, None], sRow, lay, lane, c.vector)
 
-        def fetch(block):
-            start = self.lay.first(block, lane)
-            rows = (gLogits,) if cutlass.const_expr(mBias is None) else (gLogits, mBias)
-            return [read_block(row, start, self.whole(block), c.vector) for row in rows]
+        def keys(block):
+            arrived(block, lay, c.vector)
+            rows = (sRow,) if cutlass.const_expr(sBias is None) else (sRow, sBias)
+            return self.keys(block, lane, *(read(row, lay, block, lane) for row in rows))
 
-        def keys(read, block):
-            return self.keys(self.lay.first(block, lane), self.whole(block), *read)
-
-        pick = self.lay.pick(fetch, keys, lane)
-        doubtful = pick.doubtful and token <= last
+        pick = lay.pick(keys, lane)
+        cute.arch.sync_warp()  # the logits of all lanes are staged
         settled = token <= last and not pick.doubtful
-        self.store(pick.words, gLogits, mBias, mWeights, mIds, factor, token, lane, settled)
-        return cute.arch.vote_ballot_sync(doubtful and lane == 0)
+        self.store(pick.words, sRow, sBias, mWeights, mIds, factor, token, lane, settled)
+        return cute.arch.vote_ballot_sync(pick.doubtful and token <= last and lane == 0)
 
-    def whole(self, block: int) -> bool:
-        """Whether no lane's block ends past the experts."""
-        return (block + 1) * self.cfg.lanes * BLOCK <= self.cfg.spec.num_experts
+    def keys(self, block: int, lane: Int32, rLogits: cute.Tensor, rBias: Any = None) -> list:
+        """The keys of a lane's block; REMOVED past the last expert. A NaN counts as -inf here.
 
-    def keys(self, start: Int32, whole: bool, rLogits: cute.Tensor, rBias: Any = None) -> list:
-        """The keys of 8 experts; REMOVED past the last. A NaN counts as -inf until it is in doubt.
-
-        Should two of them be among the k best or at the edge, whole keys tell them apart.
+        Should it be among the k best, or at the edge, with another one, whole keys decide.
         """
         words = []
-        for i in range(BLOCK):
+        for i in range(cute.size(rLogits)):
             score = activate(rLogits[i].to(Float32), self.cfg.spec.scoring)
             if rBias is not None:
                 score = score + rBias[i]
             word = key(cute.arch.fmax(score, -Float32.inf), "first")
-            if not whole:
-                real = start + i < self.cfg.spec.num_experts
+            if not self.lay.whole(block):
+                expert = lane * self.lay.run + self.lay.offset(block, i)
+                real = expert < self.cfg.spec.num_experts
                 word = cutlass.select_(real, word, Uint32(REMOVED))
             words.append(word)
         return words
@@ -148,8 +160,8 @@ class GateKernel:
     def store(
         self,
         words: list,
-        gLogits: cute.Tensor,
-        mBias: cute.Tensor | None,
+        sRow: cute.Tensor,
+        sBias: cute.Tensor | None,
         mWeights: cute.Tensor,
         mIds: cute.Tensor,
         factor: Float32,
@@ -157,7 +169,7 @@ class GateKernel:
         lane: Int32,
         settled: Boolean,
     ) -> None:
-        """Weigh the chosen experts by their activations, computed again, and write both."""
+        """Weigh the chosen experts by their activations, computed again; write both."""
         c, lay = self.cfg, self.lay
         rKeys = cute.make_rmem_tensor(lay.slots, Uint32)
         rPlaces = cute.make_rmem_tensor(lay.slots, Int32)
@@ -168,10 +180,10 @@ class GateKernel:
             chosen = lane + slot * c.lanes < c.spec.top_k
             expert = lay.index(lay.mine(words, slot, lane))
             rIds[slot] = cutlass.select_(chosen, expert, Int32(0))
-            activation = activate(gLogits[rIds[slot]].to(Float32), c.spec.scoring)
+            activation = activate(sRow[rIds[slot]].to(Float32), c.spec.scoring)
             score = activation
-            if cutlass.const_expr(mBias is not None):
-                score = score + mBias[rIds[slot]]
+            if cutlass.const_expr(sBias is not None):
+                score = score + sBias[rIds[slot]]
             rKeys[slot] = key(score)
             rActs[slot] = activation
             total = total + cutlass.select_(chosen, activation, Float32(0.0))
@@ -187,14 +199,11 @@ def trace(config: GateConfig) -> tuple[GateKernel, tuple[Any, ...]]:
     """The kernel of `config` and stand-ins for its arguments, for `cute.compile`."""
     dtype = dsl_type(config.dtype)
     E, k, N = config.spec.num_experts, config.spec.top_k, cute.sym_int32()
-    unit = 128 // dtype.width if config.vector else 1
+    stride = cute.sym_int64(divisibility=config.run if config.vector else 1)
     align = 16 if config.vector else dtype.width // 8
-    bias_align = 16 if config.vector else 4
-    bias = make_fake_tensor(Float32, (E,), (1,), assumed_align=bias_align)
-    stride = cute.sym_int64(divisibility=unit)
     return GateKernel(config), (
         make_fake_tensor(dtype, (N, E), (stride, 1), assumed_align=align),
-        bias if config.spec.has_bias else None,
+        make_fake_tensor(Float32, (E,), (1,), assumed_align=4) if config.spec.has_bias else None,
         make_fake_tensor(Float32, (N, k), (k, 1), assumed_align=4),
         make_fake_tensor(Int32, (N, k), (k, 1), assumed_align=4),
         Float32(1.0),

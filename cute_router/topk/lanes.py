@@ -1,4 +1,4 @@
-"""The k best entries of a row, by a few lanes of a warp that hold many entries each in registers.
+"""The k best entries of a row, by a few lanes of a warp.
 
     word = the upper bits of an entry's key, then the entry's index, inverted
 
@@ -22,10 +22,9 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32, Uint32
 
-from cute_router.topk.block import BLOCK
-from cute_router.topk.network import best_half, best_of_rest, greater, sort
+from cute_router.topk.network import best_half, sort
 
-FLIGHT = 8  # blocks whose reads are under way at once
+BLOCK = 8  # entries that a lane takes at once
 
 
 class Pick(NamedTuple):
@@ -36,68 +35,85 @@ class Pick(NamedTuple):
 
 
 class Lanes:
-    """How a row of `length` entries lies on `lanes` lanes, a power of two."""
+    """How a row of `length` entries lies on `lanes` lanes, a power of two.
 
-    def __init__(self, length: int, top_k: int, lanes: int, exact: bool):
+    run:   neighbouring entries of a lane, a power of two up to 8; the next ones are another lane's.
+    exact: whether words have room for all bits of a key that can differ.
+    """
+
+    def __init__(self, length: int, top_k: int, lanes: int, run: int, exact: bool):
+        self.length = length
         self.top_k = top_k
         self.lanes = lanes
-        self.exact = exact  # whether words hold all of a key that can differ
+        self.run = run
+        self.exact = exact
         self.width = max(BLOCK, 1 << (top_k - 1).bit_length())  # W
         per_sort = self.width // BLOCK
         self.blocks = -(-length // (BLOCK * lanes * per_sort)) * per_sort  # of a lane
-        self.low = (1 << (BLOCK * self.blocks * lanes - 1).bit_length()) - 1  # a word's index
+        self.room = self.blocks * BLOCK * lanes  # entries, those that pad the row included
+        self.low = (1 << (self.room - 1).bit_length()) - 1  # the index's bits of a word
         self.slots = -(-top_k // lanes)  # places of the result that a lane writes
 
-    def first(self, block: int, lane: Int32) -> Int32:
-        """The first entry of a lane's block."""
-        return lane * BLOCK + block * BLOCK * self.lanes
+    def first(self, block: int, part: int, lane: Int32) -> Int32:
+        """The first entry of a run: one of the BLOCK / run parts of a lane's block."""
+        return lane * self.run + self.offset(block, part * self.run)
 
-    def pick(self, fetch: Callable, keys: Callable, lane: Int32) -> Pick:
-        """The best words of a row. `fetch(block)` reads, `keys(read, block)` gives 8 keys.
+    def offset(self, block: int, i: int) -> int:
+        """Where a block's entry i is, but for the lane."""
+        part, rest = divmod(block * BLOCK + i, self.run)
+        return part * self.run * self.lanes + rest
+
+    def whole(self, block: int) -> bool:
+        """Whether the row has every lane's entries of this block."""
+        return (block + 1) * BLOCK * self.lanes <= self.length
+
+    def pick(self, keys: Callable[[int], list], lane: Int32) -> Pick:
+        """The best words of a row. `keys(block)` are those of this lane's entries.
 
         Every lane of the warp calls; `lane` counts within the row.
         """
-        best, rest = None, Uint32(0)
-        pending = []
+        ours, pending = None, []
         for block in range(self.blocks):
-            if block % FLIGHT == 0:
-                reads = [fetch(b) for b in range(block, min(block + FLIGHT, self.blocks))]
-            for i, key in enumerate(keys(reads[block % FLIGHT], block)):
-                code = self.low ^ (block * BLOCK * self.lanes + i)  # the lane comes in below
-                pending.append((key & Uint32(~self.low & 0xFFFFFFFF)) | Uint32(code))
+            for i, key in enumerate(keys(block)):
+                code = self.low ^ self.offset(block, i)  # the lane comes in below
+                pending.append(merge_bits(key, self.low, code))
             if len(pending) == self.width:
                 batch, pending = sort(pending), []
-                if best is None:
-                    best = batch
-                else:
-                    best, rest = self._merge(best, batch, rest)
-        best = [word ^ Uint32(lane * BLOCK) for word in best]
-        offset = 1
-        while offset < self.lanes:
-            theirs = [cute.arch.shuffle_sync_bfly(word, offset=offset) for word in best]
-            if self._tracks_rest:
-                rest = greater(rest, cute.arch.shuffle_sync_bfly(rest, offset=offset))
-            best, rest = self._merge(best, theirs, rest)
-            offset *= 2
+                ours = batch if ours is None else best_half(ours, batch)
+        best = ours = [word ^ Uint32(lane * self.run) for word in ours]
+        distance = 1
+        while distance < self.lanes:
+            theirs = [cute.arch.shuffle_sync_bfly(word, offset=distance) for word in best]
+            best = best_half(best, theirs)
+            distance *= 2
         if self.exact:
-            return Pick(best, Boolean(False))
-        following = rest if self._tracks_rest else best[self.top_k]
-        return Pick(best, self._alike(best[self.top_k - 1], following))
-
-    @property
-    def _tracks_rest(self) -> bool:
-        """Whether the network has no room for the (k+1)-th entry, and keeps its word aside."""
-        return not self.exact and self.top_k == self.width
-
-    def _merge(self, ours: list, theirs: list, rest: Uint32) -> tuple[list, Uint32]:
-        if self._tracks_rest:
-            rest = greater(rest, best_of_rest(ours, theirs))
-        return best_half(ours, theirs), rest
+            doubtful = Boolean(False)
+        elif self.top_k < self.width:
+            doubtful = self.alike(best[self.top_k - 1], best[self.top_k])
+        else:
+            doubtful = self.crowded(ours, best[-1])
+        return Pick(best, doubtful)
 
     @cute.jit
-    def _alike(self, a: Uint32, b: Uint32) -> Boolean:
+    def alike(self, a: Uint32, b: Uint32) -> Boolean:
         """Whether two words have the same part of a key, and `a` is a real entry's."""
         return ((a ^ b) <= Uint32(self.low)) and (a > Uint32(self.low))
+
+    @cute.jit
+    def crowded(self, ours: list, last: Uint32) -> Boolean:
+        """Whether more than k entries of the row are not below `last` in their part of a key.
+
+        `ours` are the best of each lane. What a lane has left out counts as soon as nothing that it
+        has kept is below.
+        """
+        floor = last & ~Uint32(self.low)
+        count = Int32(0)
+        for word in ours:
+            count = cutlass.select_(word >= floor, count + 1, count)
+        if cutlass.const_expr(self.blocks * BLOCK > self.width):
+            count = cutlass.select_(count == self.width, count + 1, count)
+        total = cute.arch.warp_reduction_sum(count, threads_in_group=self.lanes)
+        return total > self.top_k and floor > Uint32(0)
 
     def index(self, word: Uint32) -> Int32:
         """The entry that a word stands for."""
@@ -120,9 +136,9 @@ class Lanes:
         for slot in cutlass.range_constexpr(self.slots):
             rPlaces[slot] = lane + slot * self.lanes
         if cutlass.const_expr(not self.exact and self.top_k > 1):
-            tied = self._alike(words[0], words[1])
+            tied = self.alike(words[0], words[1])
             for i in cutlass.range_constexpr(1, self.top_k - 1):
-                tied = tied or self._alike(words[i], words[i + 1])
+                tied = tied or self.alike(words[i], words[i + 1])
             if cute.arch.vote_any_sync(tied):
                 self.rank(words, rKeys, lane, rPlaces)
 
@@ -139,3 +155,13 @@ class Lanes:
                 ours = self.index(self.mine(words, slot, lane))
                 ahead = (theirs > rKeys[slot]) or (theirs == rKeys[slot] and index < ours)
                 rPlaces[slot] = cutlass.select_(ahead, rPlaces[slot] + 1, rPlaces[slot])
+
+
+@cute.jit
+def merge_bits(upper: Uint32, low: cutlass.Constexpr, lower: cutlass.Constexpr) -> Uint32:
+    """`upper` with its bits under the mask `low` replaced, in one instruction: & and | take two."""
+    return cute.arch.inline_ptx(
+        "lop3.b32 {$w0}, {$r0}, {$r1}, {$r2}, 0xF2;",  # a & ~b | c
+        write_only_types=[Uint32],
+        read_only_args=[upper, Uint32(low), Uint32(lower)],
+    )

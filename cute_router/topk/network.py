@@ -50,14 +50,6 @@ def best_half(ours: list, theirs: list) -> list:
     return best
 
 
-def best_of_rest(ours: list, theirs: list) -> Uint32:
-    """The best word of two sorted lists of one length that `best_half` leaves out."""
-    best = None
-    for a, b in zip(ours, reversed(theirs), strict=True):
-        best = less(a, b) if best is None else greater(best, less(a, b))
-    return best
-
-
 def _odd_even_pairs(n: int) -> Iterator[tuple[int, int]]:
     """The comparisons of Batcher's network for n words, in an order in which they can be made."""
     run = 1

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from cute_router import compile as compiler
 from cute_router.arch import target_for
-from cute_router.topk.block import BLOCK, VECTOR_BITS
 from cute_router.topk.config import (
     MAX_ROW,
     MAX_ROW_TOP_K,
@@ -46,12 +45,12 @@ def launch(
 
 
 def rows_are_vectors(t: Tensor) -> bool:
-    """Whether all rows of a matrix (or a vector) are whole blocks, and start as vectors do."""
-    unit = VECTOR_BITS // 8
+    """Whether all rows of a matrix are whole runs of 16 bytes, and start at multiples of them."""
+    unit, item = 16, t.element_size()
     return (
-        t.shape[-1] % BLOCK == 0
+        t.shape[1] * item % unit == 0
         and t.data_ptr() % unit == 0
-        and (t.ndim == 1 or t.shape[0] == 1 or t.stride(0) * t.element_size() % unit == 0)
+        and (t.shape[0] == 1 or t.stride(0) * item % unit == 0)
     )
 
 

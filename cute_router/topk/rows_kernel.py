@@ -1,9 +1,9 @@
 """topk of short rows: the k best entries of each row of scores, a few lanes of a warp to a row.
 
-    scores -> keys, NaN first -> `Lanes.pick` -> the chosen entries' own bits, read again -> out
+    scores -> shared memory -> keys, NaN first -> `Lanes.pick` -> the chosen entries' own bits
 
 The grid is rows / (warps * rows of a warp). A row whose words leave the choice in doubt is chosen
-again by its whole warp, in k rounds over whole keys.
+again by its whole warp, in rounds over whole keys.
 """
 
 from typing import Any
@@ -11,14 +11,15 @@ from typing import Any
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64, Uint32
+from cutlass import Boolean, Float32, Int32, Int64, Uint32
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+from cutlass.memory import SmemAllocator
 
-from cute_router.topk.block import BLOCK, read_block
 from cute_router.topk.config import RowsConfig, dsl_type
 from cute_router.topk.key import REMOVED, key
 from cute_router.topk.lanes import Lanes
 from cute_router.topk.rounds import WARP, take_best
+from cute_router.topk.staging import arrived, read, stage
 
 
 class RowsKernel:
@@ -27,7 +28,7 @@ class RowsKernel:
     def __init__(self, config: RowsConfig):
         self.cfg = config
         exact = config.dtype != "float32"
-        self.lay = Lanes(config.length, config.top_k, config.lanes, exact)
+        self.lay = Lanes(config.length, config.top_k, config.lanes, config.run, exact)
         self.rows = WARP // config.lanes  # of a warp
 
     @cute.jit
@@ -58,31 +59,37 @@ class RowsKernel:
         mIndices: cute.Tensor,
     ):
         """A few rows to a warp."""
-        c = self.cfg
-        if cutlass.const_expr(c.pdl):
-            cute.arch.griddepcontrol_launch_dependents()
-            cute.arch.griddepcontrol_wait()
+        c, lay = self.cfg, self.lay
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         lane = cute.arch.lane_idx() % c.lanes
         first = (cute.arch.block_idx()[0] * c.warps + warp) * self.rows
         row = first + cute.arch.lane_idx() // c.lanes
         last = cute.size(mValues, mode=[0]) - 1
-        gRow = mScores[(cutlass.min(row, last), None)]  # lanes without a row do a copy of the last
-        n = self.length_of(mLengths, cutlass.min(row, last))
+        layout = cute.make_layout((lay.room, self.rows, c.warps))
+        sRows = SmemAllocator().allocate_tensor(mScores.element_type, layout, 16)[None, None, warp]
+        sRow = sRows[None, row - first]
+        if cutlass.const_expr(c.pdl):
+            cute.arch.griddepcontrol_launch_dependents()
+            cute.arch.griddepcontrol_wait()
 
-        def fetch(block):
-            return read_block(gRow, self.lay.first(block, lane), self.whole(block), c.vector)
+        source = cutlass.min(row, last)  # lanes without a row take the last, and do not store it
+        stage(mScores[source, None], sRow, lay, lane, c.vector)
+        n = self.length_of(mLengths, source)
 
-        def keys(read, block):
-            return self.keys(read, self.lay.first(block, lane), n, block)
+        def keys(block):
+            arrived(block, lay, c.vector)
+            return self.keys(read(sRow, lay, block, lane), n, block, lane)
 
-        pick = self.lay.pick(fetch, keys, lane)
-        self.store(pick.words, pick.doubtful, gRow, mValues, mIndices, row, lane, row <= last)
-        if cutlass.const_expr(not self.lay.exact):
+        pick = lay.pick(keys, lane)
+        cute.arch.sync_warp()  # the entries of all lanes are staged
+        settled = row <= last and not pick.doubtful
+        self.store(pick.words, sRow, mValues, mIndices, row, lane, settled)
+        if cutlass.const_expr(not lay.exact):
             doubts = cute.arch.vote_ballot_sync(pick.doubtful and row <= last and lane == 0)
             while doubts != 0:
-                again = first + cute.arch.popc((doubts & -doubts) - 1) // c.lanes
-                self.choose_again(mScores, mLengths, mValues, mIndices, again)
+                i = cute.arch.popc((doubts & -doubts) - 1) // c.lanes
+                n = self.length_of(mLengths, first + i)
+                self.choose_again(sRows[None, i], n, mValues, mIndices, first + i)
                 doubts = doubts & (doubts - 1)
 
     @cute.jit
@@ -90,36 +97,32 @@ class RowsKernel:
         """The entries of a row."""
         n = Int32(self.cfg.length)
         if cutlass.const_expr(mLengths is not None):
-            given = cutlass.max(cutlass.min(Int64(mLengths[row]), Int64(n)), Int64(0))
-            n = Int32(given)
+            n = Int32(cutlass.max(cutlass.min(Int64(mLengths[row]), Int64(n)), Int64(0)))
         return n
 
-    def whole(self, block: int) -> bool:
-        """Whether no lane's block ends past the row."""
-        return (block + 1) * self.cfg.lanes * BLOCK <= self.cfg.length
-
-    def keys(self, rScores: cute.Tensor, first: Int32, n: Int32, block: int) -> list:
-        """The keys of 8 scores; of entries that the row does not have, REMOVED."""
-        keys = [key(rScores[i].to(cutlass.Float32), "first") for i in range(BLOCK)]
-        if self.whole(block) and self.cfg.lengths is None:
-            return keys
+    def keys(self, rScores: cute.Tensor, n: Int32, block: int, lane: Int32) -> list:
+        """The keys of a lane's block; of entries that the row does not have, REMOVED."""
+        words = [key(rScores[i].to(Float32), "first") for i in range(cute.size(rScores))]
+        if self.lay.whole(block) and self.cfg.lengths is None:
+            return words
+        base = lane * self.lay.run
         return [
-            cutlass.select_(first + i < n, word, Uint32(REMOVED)) for i, word in enumerate(keys)
+            cutlass.select_(base + self.lay.offset(block, i) < n, word, Uint32(REMOVED))
+            for i, word in enumerate(words)
         ]
 
     @cute.jit
     def store(
         self,
         words: list,
-        doubtful: cutlass.Boolean,
-        gRow: cute.Tensor,
+        sRow: cute.Tensor,
         mValues: cute.Tensor,
         mIndices: cute.Tensor,
         row: Int32,
         lane: Int32,
-        live: cutlass.Boolean,
+        settled: Boolean,
     ) -> None:
-        """Read the chosen scores again, for all their bits, and write them and their indices."""
+        """Write the chosen scores, with all their bits, and their indices."""
         c, lay = self.cfg, self.lay
         rKeys = cute.make_rmem_tensor(lay.slots, Uint32)
         rPlaces = cute.make_rmem_tensor(lay.slots, Int32)
@@ -129,12 +132,12 @@ class RowsKernel:
             word = lay.mine(words, slot, lane)
             real = word > Uint32(lay.low)
             rIndices[slot] = cutlass.select_(real, lay.index(word), Int32(0))
-            rValues[slot] = gRow[rIndices[slot]]
-            whole = key(rValues[slot].to(cutlass.Float32), "first")
+            rValues[slot] = sRow[rIndices[slot]]
+            whole = key(rValues[slot].to(Float32), "first")
             rKeys[slot] = cutlass.select_(real, whole, Uint32(REMOVED))
         lay.places(words, rKeys, lane, rPlaces)
         for slot in cutlass.range_constexpr(lay.slots):
-            if live and not doubtful and lane + slot * c.lanes < c.top_k:
+            if settled and lane + slot * c.lanes < c.top_k:
                 real = rKeys[slot] != Uint32(REMOVED)
                 missing = mValues.element_type(-float("inf"))
                 mValues[row, rPlaces[slot]] = rValues[slot] if real else missing
@@ -143,27 +146,21 @@ class RowsKernel:
 
     @cute.jit
     def choose_again(
-        self,
-        mScores: cute.Tensor,
-        mLengths: cute.Tensor | None,
-        mValues: cute.Tensor,
-        mIndices: cute.Tensor,
-        row: Int32,
+        self, sRow: cute.Tensor, n: Int32, mValues: cute.Tensor, mIndices: cute.Tensor, row: Int32
     ) -> None:
         """Choose a row by its whole keys. One warp calls; the row has k entries or more."""
         c, lane = self.cfg, cute.arch.lane_idx()
-        n = self.length_of(mLengths, row)
         rKeys = cute.make_rmem_tensor((c.length + WARP - 1) // WARP, Uint32)
         for i in cutlass.range_constexpr(cute.size(rKeys)):
             entry = lane + i * WARP
             rKeys[i] = Uint32(REMOVED)
             if entry < n:
-                rKeys[i] = key(mScores[row, entry].to(cutlass.Float32), "first")
+                rKeys[i] = key(sRow[entry].to(Float32), "first")
         mine = Int32(0)
         for place in cutlass.range(c.top_k):
             mine = cutlass.select_(lane == place, take_best(rKeys, lane), mine)
         if lane < c.top_k:
-            mValues[row, lane] = mScores[row, mine]
+            mValues[row, lane] = sRow[mine]
             mIndices[row, lane] = mIndices.element_type(mine)
 
 
@@ -171,8 +168,7 @@ def trace(config: RowsConfig) -> tuple[RowsKernel, tuple[Any, ...]]:
     """The kernel of `config` and stand-ins for its arguments, for `cute.compile`."""
     dtype, index = dsl_type(config.dtype), dsl_type(config.index)
     R, k = cute.sym_int32(), config.top_k
-    unit = 16 * 8 // dtype.width if config.vector else 1
-    stride = cute.sym_int64(divisibility=unit)
+    stride = cute.sym_int64(divisibility=config.run if config.vector else 1)
     align = 16 if config.vector else dtype.width // 8
     lengths = None
     if config.lengths is not None:
