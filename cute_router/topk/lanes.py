@@ -161,7 +161,7 @@ class Lanes:
 def merge_bits(upper: Uint32, low: cutlass.Constexpr, lower: cutlass.Constexpr) -> Uint32:
     """`upper` with its bits under the mask `low` replaced, in one instruction: & and | take two."""
     return cute.arch.inline_ptx(
-        "lop3.b32 {$w0}, {$r0}, {$r1}, {$r2}, 0xF2;",  # a & ~b | c
+        "lop3.b32 {$w0}, {$r0}, {$r1}, {$r2}, 0xBA;",  # a & ~b | c
         write_only_types=[Uint32],
         read_only_args=[upper, Uint32(low), Uint32(lower)],
     )

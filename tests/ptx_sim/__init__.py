@@ -3,8 +3,10 @@
     parser -> operations, program     text to basic blocks, each a Python function over 32 lanes
     machine, warp                     clusters, CTAs, warps and the loop that runs them
     memory, barriers, tensor          shared, global and tensor memory; mbarriers; TMA and MMA
+    proxies                           what needs a fence between threads and TMA or MMA
     engine                            asynchronous operations: eager, lazy or in random order
-    launch                            a `DecodeConfig` and its inputs to outputs
+    launch, launch_gate               a configuration and its inputs to outputs
+    calibration                       what a Hopper GPU runs too, and how the two compare
 
 It reads PTX, as the DSL's documented option keeps it, by the public PTX ISA, and nothing else. What
 it shows is that a kernel is right if the simulator's reading of the ISA is: functionally simulated,

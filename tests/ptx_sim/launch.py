@@ -8,6 +8,7 @@ import functools
 import struct
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ DEPENDENT = frozenset(("scratch", "weights", "ids"))  # of the kernel ahead, or 
 
 
 @functools.cache
-def ptx_of(config: DecodeConfig) -> str:
+def ptx_of(config: Any) -> str:
     """The PTX of a configuration, by the DSL's option to keep it."""
     with tempfile.TemporaryDirectory() as folder:
         text = trace_and_compile(config, f"--keep-ptx --dump-dir {folder}").__ptx__
@@ -53,12 +54,6 @@ def simulate(
     weights = np.full(N * k, EMPTY, np.uint32)
     ids = weights.copy()
 
-    def array(name: str, words: np.ndarray, *sizes: int) -> bytes:
-        """The kernel's parameter for a tensor: address, then sizes known only at run time."""
-        return struct.pack(f"<Q{len(sizes)}i", memory.add(name, words), *sizes).ljust(
-            8 + 8 * bool(sizes), b"\xff"
-        )
-
     def matrix(name: str, values: Tensor, rows: int) -> tuple[TensorMap, bytes]:
         """A tensor map, and the sizes of the coordinate tensor that goes with it."""
         bits = values.contiguous().view(torch.int16).numpy().view(np.uint16)
@@ -67,9 +62,11 @@ def simulate(
 
     params = [*matrix("W", W, c.tile_experts), *matrix("x", x, c.tile_tokens)]
     if bias is not None:
-        params.append(array("bias", bias.numpy().view(np.uint32).copy()))
-    params += [array("weights", weights, N), array("ids", ids, N)]
-    params += [array("scratch", scratch, scratch.size), struct.pack("<f", factor)]
+        params.append(tensor_param(memory, "bias", bias.numpy().view(np.uint32).copy()))
+    params.append(tensor_param(memory, "weights", weights, (N,)))
+    params.append(tensor_param(memory, "ids", ids, (N,)))
+    params.append(tensor_param(memory, "scratch", scratch, (scratch.size,)))
+    params.append(struct.pack("<f", factor))
     Machine(
         load(ptx or ptx_of(c)),
         params,
@@ -85,6 +82,18 @@ def simulate(
         torch.from_numpy(weights.view(np.float32).reshape(N, k)),
         torch.from_numpy(ids.view(np.int32).reshape(N, k)),
     )
+
+
+def tensor_param(
+    memory: GlobalMemory,
+    name: str,
+    words: np.ndarray,
+    sizes: tuple[int, ...] = (),
+    strides: tuple[int, ...] = (),
+) -> bytes:
+    """A kernel's parameter for a tensor: its address, then what of it run time alone knows."""
+    head = struct.pack(f"<Q{len(sizes)}i", memory.add(name, words), *sizes)
+    return head.ljust(-(-len(head) // 8) * 8, b"\xff") + struct.pack(f"<{len(strides)}q", *strides)
 
 
 def check_scratch(scratch: np.ndarray) -> None:

@@ -123,6 +123,7 @@ class Machine:
         self.engine = Engine(policy)
         self.runnable: deque[Warp] = deque()
         self.clusters: list[Cluster] = []
+        self.time = 0  # counts stores to shared memory and proxy fences
         self.waiting = [(x, y) for y in range(grid[1]) for x in range(0, grid[0], cluster_size)]
 
     def wake(self, warp: Warp) -> None:

@@ -10,6 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from ptx_sim.errors import Misuse, OutOfBounds
+from ptx_sim.proxies import Proxies
 
 SHARED_BASE = 1024
 WINDOW = 24  # bits of an address within a CTA's shared memory
@@ -44,8 +45,13 @@ class Region:
         index = self.index(addresses, m, n)
         return tuple(self.words[index + index.dtype.type(i)] for i in range(n))
 
-    def store(self, addresses: np.ndarray, m: np.ndarray, values: tuple[np.ndarray, ...]) -> None:
-        """len(values) words of each active lane; where lanes collide, the last wins."""
+    def store(
+        self, addresses: np.ndarray, m: np.ndarray, values: tuple[np.ndarray, ...]
+    ) -> np.ndarray:
+        """len(values) words of each active lane; where lanes collide, the last wins.
+
+        Returns the first word of each lane.
+        """
         index = self.index(addresses, m, len(values))
         whole = m.all()
         for i, value in enumerate(values):
@@ -54,6 +60,7 @@ class Region:
                 self.words[at] = value
             else:
                 self.words[at[m]] = value[m]
+        return index
 
 
 class Shared(Region):
@@ -63,6 +70,24 @@ class Shared(Region):
         words = np.full(-(-size // 16) * 16, POISON, np.uint8).view(np.uint32)
         super().__init__(f"shared memory of CTA {rank}", (rank << WINDOW) + SHARED_BASE, words)
         self.halves = words.view(np.uint16)
+        self.proxies = Proxies(self.name, words.size)
+
+    def store_generic(
+        self,
+        addresses: np.ndarray,
+        m: np.ndarray,
+        values: tuple[np.ndarray, ...],
+        writers: np.ndarray,
+        now: int,
+    ) -> None:
+        """`store` by threads, at time `now`."""
+        index = self.store(addresses, m, values)
+        self.proxies.stored(index[m], len(values), writers[m], now)
+
+    def span(self, address: int, size: int) -> slice:
+        """The words of `size` bytes from an address of this CTA."""
+        first = self.offset(address) // 4
+        return slice(first, first + size // 4)
 
     def offset(self, address: int) -> int:
         """The place in this memory of an address of this CTA."""
@@ -80,14 +105,17 @@ class GlobalArray(Region):
         self.versions = np.zeros(words.size // 4 + 1, np.int64)
         self.polls: dict[int, list[Poll]] = defaultdict(list)
 
-    def store(self, addresses: np.ndarray, m: np.ndarray, values: tuple[np.ndarray, ...]) -> None:
-        super().store(addresses, m, values)
-        packets = (addresses[m] - addresses.dtype.type(self.base)) >> 4
+    def store(
+        self, addresses: np.ndarray, m: np.ndarray, values: tuple[np.ndarray, ...]
+    ) -> np.ndarray:
+        index = super().store(addresses, m, values)
+        packets = index[m] >> index.dtype.type(2)
         self.versions[packets] += 1
         if self.polls:
             for packet in packets.tolist():
                 for poll in self.polls.pop(packet, ()):
                     poll.wake()
+        return index
 
 
 class Poll:

@@ -33,6 +33,7 @@ EFFECTS = {
     "griddepcontrol.wait": ("grid_wait", 0),
     "griddepcontrol.launch_dependents": ("nothing", 0),
     "fence.mbarrier_init": ("fence_inits", 0),
+    "fence.proxy.async": ("fence_proxy", 0),
     "prefetch.tensormap": ("nothing", 0),
     "wgmma.fence": ("nothing", 0),
     "wgmma.commit_group": ("wgmma_commit", 0),
@@ -238,9 +239,11 @@ class Emitter:
             self.call(instruction, *found)
             return
         if instruction.opcode.startswith("ld.param"):
-            kind = "u" + str(int(instruction.parts[-1][1:]) // 8)
+            size = int(instruction.parts[-1][1:]) // 8
             target, address = instruction.operands
-            self.put(target.name, kind, f"w.load_param('{address.base.name}', {address.offset})")
+            for i, name in enumerate(registers(target)):
+                place = f"'{address.base.name}', {address.offset + i * size}, {size}"
+                self.put(name, f"u{size}", f"w.load_param({place})")
             return
         if instruction.opcode == "mov.b64" and isinstance(instruction.operands[0], Vector):
             low, high = instruction.operands[0].items

@@ -15,6 +15,7 @@ from ptx_sim import lanes, tensor
 from ptx_sim.barriers import Mbarrier, Wait
 from ptx_sim.errors import Hazard, Misuse, Unsupported
 from ptx_sim.memory import SHARED_BASE, WINDOW, Poll
+from ptx_sim.proxies import STRANGERS, Issue
 from ptx_sim.tensor import TensorMap
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Warp:
         # What formally needs a fence, though nothing goes wrong here without.
         self.inits_fenced = True
         self.tmem_fenced_before = self.tmem_fenced_after = True
+        self.threads = lanes.LANES + np.uint32(lanes.WARP * number)
         self.symbols = self.special_registers()
 
     def __str__(self) -> str:
@@ -52,7 +54,7 @@ class Warp:
         """Special registers, and the addresses of shared memory and parameters."""
         x, y = self.cta.place
         found = {
-            "%tid.x": lanes.LANES + np.uint32(32 * self.number),
+            "%tid.x": self.threads,
             "%laneid": lanes.LANES,
             "%ctaid.x": lanes.constant(x, "u4"),
             "%ctaid.y": lanes.constant(y, "u4"),
@@ -130,6 +132,21 @@ class Warp:
         self.inits_fenced = True
         return ()
 
+    def fence_proxy(self, line: int, m: Lanes, opcode: str) -> tuple:
+        if not opcode.endswith(".global"):
+            self.cta.shared.proxies.fence(self.threads[m], self.tick())
+        return ()
+
+    def tick(self) -> int:
+        """A new time."""
+        self.machine.time += 1
+        return self.machine.time
+
+    def issue(self, lane: int) -> Issue:
+        """What the async proxy has to know of an operation that a lane issues."""
+        fenced = self.cta.shared.proxies.fenced[self.threads[lane]]
+        return Issue(self.machine.time, int(fenced))
+
     def fence_before(self, line: int, m: Lanes, opcode: str) -> tuple:
         self.tmem_fenced_before = True
         return ()
@@ -168,13 +185,11 @@ class Warp:
 
     # --- loads and stores -----------------------------------------------------------------------
 
-    def load_param(self, name: str, offset: int) -> Lanes:
+    def load_param(self, name: str, offset: int, size: int) -> Lanes:
         value = self.machine.params[name]
         if isinstance(value, TensorMap):
             raise Misuse(f"the tensor map {value.name} is opaque")
-        kind = np.uint64 if len(value) >= offset + 8 and offset == 0 else np.uint32
-        bits = int.from_bytes(value[offset : offset + np.dtype(kind).itemsize], "little")
-        return lanes.constant(bits, "u8" if kind is np.uint64 else "u4")
+        return lanes.constant(int.from_bytes(value[offset : offset + size], "little"), f"u{size}")
 
     def words(self, opcode: str) -> int:
         """Words of 32 bits that a load or store moves for each lane."""
@@ -192,7 +207,7 @@ class Warp:
         self.words(opcode)
         if m.any():
             values = value if isinstance(value, tuple) else (value,)
-            self.cta.shared.store(address, m, values)
+            self.cta.shared.store_generic(address, m, values, self.threads, self.tick())
         return ()
 
     def array(self, address: Lanes, m: Lanes):
@@ -269,7 +284,7 @@ class Warp:
 
             def arrive(cta=cta, active=active, target=target) -> None:
                 cta.alive(f"a st.async of {self} arrives")
-                cta.shared.store(address, active, values)
+                cta.shared.store_generic(address, active, values, STRANGERS, self.tick())
                 signal = cta.barrier(target)
                 signal.remote |= cta is not self.cta
                 signal.complete(4 * len(values) * int(active.sum()))
@@ -367,10 +382,20 @@ class Warp:
             target, signal = int(to[lane]), int(barrier[lane])
             column, row = (int(c[lane]) for c in at)
 
+            span = cta.shared.span(target, tensor_map.box_bytes)
+            cta.shared.proxies.load_starts(span, self.issue(lane))
+
             def arrive(
-                tensor_map=tensor_map, cta=cta, target=target, signal=signal, column=column, row=row
+                tensor_map=tensor_map,
+                cta=cta,
+                target=target,
+                span=span,
+                signal=signal,
+                column=column,
+                row=row,
             ) -> None:
                 cta.alive(f"a TMA load of {tensor_map.name} arrives")
+                cta.shared.proxies.load_lands(span)
                 tensor_map.write(cta.shared, target, tensor_map.box(column, row))
                 cta.barrier(signal).complete(tensor_map.box_bytes)
 
@@ -399,11 +424,11 @@ class Warp:
         self.line = line
         for lane in np.flatnonzero(m):
             operands = [int(v[lane]) for v in (to, a, b, bits)]
-            disabled, adds = np.array([v[lane] for v in off]), bool(add[lane])
+            operands += [np.array([v[lane] for v in off]), bool(add[lane]), self.issue(lane)]
 
-            def multiply(operands=operands, disabled=disabled, adds=adds) -> None:
+            def multiply(operands=operands) -> None:
                 self.cta.alive("a tcgen05.mma runs")
-                tensor.tcgen05_mma(self.cta.shared, self.cta.tmem, *operands, disabled, adds)
+                tensor.tcgen05_mma(self.cta.shared, self.cta.tmem, *operands)
 
             self.machine.engine.submit(multiply, queue=self.cta)
         return ()
@@ -440,9 +465,10 @@ class Warp:
         if [int(flag[0]) for flag in flags] != [1, 1, 0, 0] or len(slots) != n // 2:
             raise Unsupported(f"{opcode} with scales, transposed operands or registers")
         bits, adds = (int(a[0]), int(b[0])), bool(add[0])
+        issue = self.issue(0)
 
         def multiply() -> None:
-            product = tensor.wgmma(self.cta.shared, *bits, n, self.number)
+            product = tensor.wgmma(self.cta.shared, *bits, n, self.number, issue)
             for slot, value in zip(slots, product, strict=True):
                 old = self.registers[slot].view(np.float32)
                 self.registers[slot] = (old + value if adds else value).view(np.uint32)
