@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cute_router import reference
 from cute_router.arch import backend_for
-from cute_router.functional import dense_decode
+from cute_router.functional import dense_decode, hash_route
 from cute_router.spec import RouterSpec, Routing
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ __all__ = [
     "__version__",
     "backend_for",
     "dense_decode",
+    "hash_route",
     "reference",
     "warmup",
 ]

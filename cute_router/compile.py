@@ -39,6 +39,9 @@ TRACERS = {
     "DecodeConfig": "cute_router.gemm.decode_kernel",
     "GateConfig": "cute_router.topk.gate_kernel",
     "RowsConfig": "cute_router.topk.rows_kernel",
+    "HashConfig": "cute_router.topk.hash_kernel",
+    "HashGateConfig": "cute_router.topk.hash_gate_kernel",
+    "HashLogitsConfig": "cute_router.topk.hash_logits_kernel",
 }
 
 

@@ -1,8 +1,9 @@
 """The public functions: validate, allocate, launch.
 
 Engines call these thousands of times a second, so on CUDA a call first takes the short way
-(`gemm.decode.fast`), which leaves most checks to the kernel's compiled host code. A call that is
-refused there, or is not of that kind, goes through every check and learns what is wrong with it.
+(`gemm.decode.fast`, `topk.hash.fast`), which leaves most checks to the kernel's compiled host code.
+A call that is refused there, or is not of that kind, goes through every check and learns what is
+wrong with it.
 """
 
 from functools import cache
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from cute_router import reference
 from cute_router.spec import RouterSpec, Routing, Scoring
-from cute_router.validate import Options, check, check_plain
+from cute_router.validate import Options, check, check_hash, check_plain
 
 
 def dense_decode(
@@ -91,17 +92,77 @@ def dense_decode(
     return Routing(weights, ids)
 
 
+def hash_route(
+    token_ids: Tensor,
+    table: Tensor,
+    *,
+    x: Tensor | None = None,
+    W: Tensor | None = None,
+    routed_scaling_factor: float = 1.0,
+    scoring: Scoring = "sqrtsoftplus",
+    renormalize: bool = True,
+    pdl: bool = True,
+    out_weights: Tensor | None = None,
+    out_ids: Tensor | None = None,
+) -> Routing:
+    """Look the experts of each token up in a table by its token id, and weigh them.
+
+    Without x and W, every weight is routed_scaling_factor / k. With both, as in the first layers of
+    DeepSeek-V4, the table chooses and the gate weighs: with l = x Wᵀ and a = sqrt(softplus(l)) (or
+    sigmoid, or softmax), weights are a / sum(a) * routed_scaling_factor, the sum over the token's
+    slots. Of sqrtsoftplus and sigmoid only the k chosen products are computed, unless there are so
+    many tokens that all products together take less time; in this a token's last bits may depend
+    on N. `cute_router.reference.hash_route` is the specification in fp64.
+
+    Args:
+        token_ids: int32 or int64 [N], contiguous; N may be 0.
+        table: int32 or int64 [vocab, k], on the same device, with contiguous rows; k from 1 to 32.
+        x: hidden states, bf16 [N, K], as for `dense_decode`, or None.
+        W: router weights, bf16 [E, K], as for `dense_decode`; given if and only if x is.
+        routed_scaling_factor: multiplies every weight; finite and not negative. A run-time value.
+        scoring: "sqrtsoftplus", "sigmoid" or "softmax" (over all E experts, whose products are then
+            all computed). Of no effect without x and W, as is `renormalize`.
+        renormalize: divide a token's weights by their sum; where that is 0 they are 0.
+        pdl: launch under programmatic dependent launch; see `dense_decode`. Nothing is read before
+            the wait for the kernel ahead.
+        out_weights, out_ids: where to write the result, as for `dense_decode`.
+
+    Returns:
+        Routing(weights fp32 [N, k], ids int32 [N, k]), columns in the order of the table, repeated
+        entries kept. A token id outside the table gives ids -1 and weights 0. With x and W so does
+        an entry outside [0, E) in its slot, which has no part in the sum; without them entries are
+        copied as they are. No gradient flows through either.
+
+    Raises:
+        TypeError, ValueError: as `dense_decode`.
+    """
+    call = (token_ids, table, x, W, routed_scaling_factor, scoring, renormalize, pdl)
+    if isinstance(token_ids, Tensor) and token_ids.is_cuda:
+        routing: Routing | None = _cuda_hash().fast(*call, out_weights, out_ids)
+        if routing is not None:
+            return routing
+    shape, device = check_hash(*call), token_ids.device
+    weights = _output("out_weights", out_weights, shape, torch.float32, device, "token_ids")
+    ids = _output("out_ids", out_ids, shape, torch.int32, device, "token_ids")
+    if shape[0] > 0:
+        factor = float(routed_scaling_factor)
+        launch = _cuda_hash().launch if token_ids.is_cuda else _hash_reference
+        launch(token_ids, table, x, W, factor, scoring, renormalize, pdl, weights, ids)
+    return Routing(weights, ids)
+
+
 def _output(
     name: str,
     given: Tensor | None,
     shape: tuple[int, int],
     dtype: torch.dtype,
     device: torch.device,
+    where: str = "x",
 ) -> Tensor:
-    """The caller's output tensor, checked, or a new one."""
+    """The caller's output tensor, checked, or a new one on the device of the argument `where`."""
     if given is None:
         return torch.empty(shape, dtype=dtype, device=device)
-    check_plain(name, given, shape, dtype, device)
+    check_plain(name, given, shape, dtype, device, where)
     return given
 
 
@@ -111,6 +172,14 @@ def _cuda() -> ModuleType:
     from cute_router.gemm import decode
 
     return decode
+
+
+@cache
+def _cuda_hash() -> ModuleType:
+    """The same for `hash_route`."""
+    from cute_router.topk import hash as hashing
+
+    return hashing
 
 
 @torch.no_grad()
@@ -144,3 +213,30 @@ def _reference(
         )
         rows_weights.copy_(result.weights)
         rows_ids.copy_(result.ids)
+
+
+@torch.no_grad()
+def _hash_reference(
+    token_ids: Tensor,
+    table: Tensor,
+    x: Tensor | None,
+    W: Tensor | None,
+    factor: float,
+    scoring: Scoring,
+    renormalize: bool,
+    pdl: bool,
+    weights: Tensor,
+    ids: Tensor,
+) -> None:
+    """The reference as a backend; `pdl` has no effect."""
+    result = reference.hash_route(
+        token_ids,
+        table,
+        x=x,
+        W=W,
+        routed_scaling_factor=factor,
+        scoring=scoring,
+        renormalize=renormalize,
+    )
+    weights.copy_(result.weights)
+    ids.copy_(result.ids)

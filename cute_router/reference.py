@@ -8,6 +8,8 @@
 
 The bias takes part in the choice only; the weights come from the unbiased activations.
 
+    hash_route: ids from a table by token id (look_up), the same weights or equal ones
+
 Every function takes any leading dimensions and any device, and computes in fp64 whatever it is
 given. The kernels compute in fp32 and are held to this page: their logits lie within
 `logit_error_bound` of these, and where that is not enough to tell two scores apart, either order is
@@ -149,3 +151,42 @@ def route(
         n_group=n_group,
         topk_group=topk_group,
     )
+
+
+def look_up(token_ids: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """The table's row of each token [N, k], and which token ids the table has [N].
+
+    Where it has none the row is -1.
+    """
+    known = (token_ids >= 0) & (token_ids < table.shape[0])
+    rows = table.long()[token_ids.long().masked_fill(~known, 0)]
+    return rows.masked_fill(~known[:, None], -1), known
+
+
+def hash_route(
+    token_ids: Tensor,
+    table: Tensor,
+    *,
+    x: Tensor | None = None,
+    W: Tensor | None = None,
+    routed_scaling_factor: float = 1.0,
+    scoring: Scoring = "sqrtsoftplus",
+    renormalize: bool = True,
+) -> Routing:
+    """Token ids [N] and a table [vocab, k] to the experts that the table names, in its order.
+
+    The arguments mean what they mean to `cute_router.hash_route`. Without x and W the weights are
+    factor / k; with them they are those of `weigh`, where a slot whose entry is no expert has id
+    -1, weight 0 and no part in the sum.
+    """
+    ids, known = look_up(token_ids, table)
+    k = table.shape[1]
+    if x is None or W is None:
+        share = torch.full(ids.shape, routed_scaling_factor / k, device=ids.device)
+        return Routing(share.masked_fill(~known[:, None], 0), ids.int())
+    a = activations(logits(x, W), scoring)
+    E = a.shape[-1]
+    nobody = (ids < 0) | (ids >= E)
+    a = torch.cat([a, a.new_zeros(a.shape[0], 1)], -1)  # expert E, of activation 0, for nobody
+    weights = weigh(a, ids.masked_fill(nobody, E), routed_scaling_factor, renormalize)
+    return Routing(weights.masked_fill(nobody, 0).float(), ids.masked_fill(nobody, -1).int())

@@ -18,7 +18,7 @@ HIDDEN_MULTIPLE = 8  # 16 bytes of bf16: the unit of a TMA row stride
 
 
 class Routing(NamedTuple):
-    """The experts of N tokens, best first.
+    """The experts of N tokens, best first; of `hash_route` as its table has them.
 
     weights: fp32 [N, k], the factor of each chosen expert's output.
     ids:     int32 [N, k], the chosen experts: distinct, in [0, E), by descending selection score.

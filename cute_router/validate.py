@@ -1,4 +1,4 @@
-"""What the dense functions accept: the arguments one by one, an error for the first wrong one.
+"""What the public functions accept: the arguments one by one, an error for the first wrong one.
 
 Every error names the argument, what was wanted and what was got, and is the same on every device.
 """
@@ -12,6 +12,7 @@ from torch import Tensor
 from cute_router.spec import (
     HIDDEN_MULTIPLE,
     MAX_EXPERTS,
+    MAX_TOP_K,
     RouterSpec,
     Scoring,
     check_bool,
@@ -20,6 +21,9 @@ from cute_router.spec import (
 
 ALIGNMENT = 16  # bytes: what TMA asks of a base address; HIDDEN_MULTIPLE is as much of a stride
 FP32_MAX = torch.finfo(torch.float32).max
+INT32_MAX = torch.iinfo(torch.int32).max
+INTEGERS = (torch.int32, torch.int64)  # of token ids and tables
+MAX_TOKENS = 1 << 30  # of hash_route, whose kernels count them in 32 bits
 
 # The keyword options of a dense function, in the order of its signature:
 # top_k, scoring, renormalize, n_group, topk_group, batch_invariant, pdl.
@@ -46,6 +50,67 @@ def spec_of(
 
 def check(x: Any, W: Any, bias: Any, factor: Any, options: Options) -> tuple[int, RouterSpec]:
     """(N, spec) of any call that is right; `ValueError` or `TypeError` for one that is not."""
+    N, E, K = check_product(x, W)
+    if bias is not None:
+        check_plain("bias", bias, (E,), torch.float32, x.device)
+    check_factor("routed_scaling_factor", factor)
+    return N, spec_of(E, K, bias is not None, *options)
+
+
+def check_hash(
+    token_ids: Any,
+    table: Any,
+    x: Any,
+    W: Any,
+    factor: Any,
+    scoring: Any,
+    renormalize: Any,
+    pdl: Any,
+) -> tuple[int, int]:
+    """(N, k) of a call of `hash_route` that is right; raises as `check` does."""
+    check_integers("token_ids", token_ids, 1, "(N,)")
+    N = token_ids.shape[0]
+    if N > MAX_TOKENS:
+        raise ValueError(f"token_ids must have at most {MAX_TOKENS} elements; got {N}")
+    if not token_ids.is_contiguous():
+        raise ValueError(f"token_ids must be contiguous; got strides {token_ids.stride()}")
+    if not (token_ids.is_cuda or token_ids.is_cpu):
+        raise ValueError(f"token_ids must be on a CUDA device or the CPU; got {token_ids.device}")
+    check_integers("table", table, 2, "(vocab, k)")
+    vocab, k = table.shape
+    if not (1 <= vocab <= INT32_MAX and 1 <= k <= MAX_TOP_K):
+        raise ValueError(
+            f"table must be (vocab, k) with vocab from 1 to {INT32_MAX} and k from 1 to"
+            f" {MAX_TOP_K}; got {sizes(table)}"
+        )
+    row_stride, unit_stride = table.stride()
+    if unit_stride != 1 or (row_stride < k and vocab > 1):
+        raise ValueError(
+            f"table must be (vocab, k) with contiguous rows, k={k} elements or more apart; got"
+            f" shape {sizes(table)}, strides {table.stride()}"
+        )
+    check_device("table", table, token_ids.device, "token_ids")
+    if (x is None) != (W is None):
+        given, missing = ("x", "W") if W is None else ("W", "x")
+        raise ValueError(f"{missing} must be given with {given}; got None")
+    if x is not None:
+        rows, _, K = check_product(x, W)
+        if rows != N:
+            raise ValueError(f"x must be (N={N}, K={K}) to match token_ids; got {sizes(x)}")
+        check_device("x", x, token_ids.device, "token_ids")
+    check_factor("routed_scaling_factor", factor)
+    check_bool("pdl", pdl)
+    hash_spec(HIDDEN_MULTIPLE, k, scoring, renormalize)
+    return N, k
+
+
+def hash_spec(hidden_size: int, k: int, scoring: Scoring, renormalize: bool) -> RouterSpec:
+    """What a hash router's kernels know of it: its number of experts is a run-time value."""
+    return RouterSpec(MAX_EXPERTS, hidden_size, k, scoring, renormalize, has_bias=False)
+
+
+def check_product(x: Any, W: Any) -> tuple[int, int, int]:
+    """(N, E, K) of two matrices that can be multiplied."""
     check_matrix("W", W, "(E, K)")
     E, K = W.shape
     if not 1 <= E <= MAX_EXPERTS:
@@ -60,10 +125,7 @@ def check(x: Any, W: Any, bias: Any, factor: Any, options: Options) -> tuple[int
     if not (x.is_cuda or x.is_cpu):
         raise ValueError(f"x must be on a CUDA device or the CPU; got {x.device}")
     check_device("W", W, x.device)
-    if bias is not None:
-        check_plain("bias", bias, (E,), torch.float32, x.device)
-    check_factor("routed_scaling_factor", factor)
-    return x.shape[0], spec_of(E, K, bias is not None, *options)
+    return x.shape[0], E, K
 
 
 def rows_fit(t: Tensor) -> bool:
@@ -92,9 +154,14 @@ def check_matrix(name: str, t: Any, wanted: str) -> None:
 
 
 def check_plain(
-    name: str, t: Any, wanted: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    name: str,
+    t: Any,
+    wanted: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    where: str = "x",
 ) -> None:
-    """Raise unless `t` is a contiguous tensor of this shape and dtype on this device."""
+    """Raise unless `t` is a contiguous tensor of this shape and dtype on the device of `where`."""
     check_tensor(name, t)
     if t.dtype is not dtype:
         raise TypeError(f"{name} must be {dtype}; got {t.dtype}")
@@ -102,7 +169,16 @@ def check_plain(
         raise ValueError(f"{name} must have shape {wanted}; got {sizes(t)}")
     if not t.is_contiguous():
         raise ValueError(f"{name} must be contiguous; got strides {t.stride()}")
-    check_device(name, t, device)
+    check_device(name, t, device, where)
+
+
+def check_integers(name: str, t: Any, ndim: int, wanted: str) -> None:
+    """Raise unless `t` is an int32 or int64 tensor of `ndim` dimensions."""
+    check_tensor(name, t)
+    if t.dtype not in INTEGERS:
+        raise TypeError(f"{name} must be torch.int32 or torch.int64; got {t.dtype}")
+    if t.ndim != ndim:
+        raise ValueError(f"{name} must be {ndim}-D {wanted}; got {t.ndim}-D {sizes(t)}")
 
 
 def check_tensor(name: str, t: Any) -> None:
@@ -113,10 +189,10 @@ def check_tensor(name: str, t: Any) -> None:
         raise ValueError(f"{name} must be a dense (strided) tensor; got layout {t.layout}")
 
 
-def check_device(name: str, t: Tensor, device: torch.device) -> None:
-    """Raise unless `t` is where x is."""
+def check_device(name: str, t: Tensor, device: torch.device, where: str = "x") -> None:
+    """Raise unless `t` is on `device`, where the argument `where` is."""
     if t.device != device:
-        raise ValueError(f"{name} must be on {device} as x is; got {t.device}")
+        raise ValueError(f"{name} must be on {device} as {where} is; got {t.device}")
 
 
 def check_factor(name: str, factor: Any) -> None:

@@ -14,7 +14,7 @@ from cute_router.epilogue.owner import Outputs, Owner
 from cute_router.epilogue.row import route_row
 from cute_router.gemm.config import DecodeConfig
 from cute_router.gemm.exchange import PACKET, packet, receive, send, word
-from cute_router.topk.rounds import WARP
+from cute_router.topk.config import WARP
 
 
 class Logits(NamedTuple):

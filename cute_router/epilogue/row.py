@@ -12,8 +12,9 @@ from cutlass import Float32, Int32, Uint32
 from cute_router.epilogue.scoring import activate, exp_nonpositive
 from cute_router.epilogue.weights import weight
 from cute_router.spec import RouterSpec
+from cute_router.topk.config import WARP
 from cute_router.topk.key import REMOVED, key, number
-from cute_router.topk.rounds import WARP, take_best
+from cute_router.topk.rounds import take_best
 
 
 @cute.jit

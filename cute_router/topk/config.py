@@ -5,6 +5,7 @@ from typing import Any
 
 from cute_router.spec import RouterSpec
 
+WARP = 32
 MAX_ROW = 1024  # entries of a row that a few lanes hold in registers
 MAX_ROW_TOP_K = 32
 
@@ -38,7 +39,7 @@ def lanes_for(rows: int, length: int) -> int:
 
 def dependent_launch(arch: str) -> bool:
     """Whether a target knows programmatic dependent launch."""
-    return arch not in ("sm_80", "sm_86", "sm_87", "sm_89")
+    return not arch.startswith("sm_8")
 
 
 @dataclass(frozen=True)

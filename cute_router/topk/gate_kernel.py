@@ -18,10 +18,9 @@ from cutlass.memory import SmemAllocator
 from cute_router.epilogue.row import route_row
 from cute_router.epilogue.scoring import activate
 from cute_router.epilogue.weights import weight
-from cute_router.topk.config import GateConfig, dsl_type
+from cute_router.topk.config import WARP, GateConfig, dsl_type
 from cute_router.topk.key import REMOVED, key
 from cute_router.topk.lanes import Lanes
-from cute_router.topk.rounds import WARP
 from cute_router.topk.staging import arrived, read, stage
 
 
@@ -112,7 +111,7 @@ class GateKernel:
         self,
         mLogits: cute.Tensor,
         sLogits: cute.Tensor,
-        sBias: cute.Tensor | None,
+        sBias: Any,
         mWeights: cute.Tensor,
         mIds: cute.Tensor,
         factor: Float32,
@@ -138,7 +137,9 @@ class GateKernel:
         self.store(pick.words, sRow, sBias, mWeights, mIds, factor, token, lane, settled)
         return cute.arch.vote_ballot_sync(pick.doubtful and token <= last and lane == 0)
 
-    def keys(self, block: int, lane: Int32, rLogits: cute.Tensor, rBias: Any = None) -> list:
+    def keys(
+        self, block: int, lane: Int32, rLogits: cute.Tensor, rBias: Any = None
+    ) -> list[Uint32]:
         """The keys of a lane's block; REMOVED past the last expert. A NaN counts as -inf here.
 
         Should it be among the k best, or at the edge, with another one, whole keys decide.
@@ -159,9 +160,9 @@ class GateKernel:
     @cute.jit
     def store(
         self,
-        words: list,
+        words: list[Uint32],
         sRow: cute.Tensor,
-        sBias: cute.Tensor | None,
+        sBias: Any,
         mWeights: cute.Tensor,
         mIds: cute.Tensor,
         factor: Float32,

@@ -72,14 +72,15 @@ class Lanes:
 
         Every lane of the warp calls; `lane` counts within the row.
         """
-        ours, pending = None, []
+        ours: list[Uint32] = []
+        pending: list[Uint32] = []
         for block in range(self.blocks):
             for i, key in enumerate(keys(block)):
                 code = self.low ^ self.offset(block, i)  # the lane comes in below
                 pending.append(merge_bits(key, self.low, code))
             if len(pending) == self.width:
                 batch, pending = sort(pending), []
-                ours = batch if ours is None else best_half(ours, batch)
+                ours = best_half(ours, batch) if ours else batch
         best = ours = [word ^ Uint32(lane * self.run) for word in ours]
         distance = 1
         while distance < self.lanes:
@@ -100,7 +101,7 @@ class Lanes:
         return ((a ^ b) <= Uint32(self.low)) and (a > Uint32(self.low))
 
     @cute.jit
-    def crowded(self, ours: list, last: Uint32) -> Boolean:
+    def crowded(self, ours: list[Uint32], last: Uint32) -> Boolean:
         """Whether more than k entries of the row are not below `last` in their part of a key.
 
         `ours` are the best of each lane. What a lane has left out counts as soon as nothing that it
@@ -119,7 +120,7 @@ class Lanes:
         """The entry that a word stands for."""
         return Int32((word & Uint32(self.low)) ^ Uint32(self.low))
 
-    def mine(self, words: list, slot: int, lane: Int32) -> Uint32:
+    def mine(self, words: list[Uint32], slot: int, lane: Int32) -> Uint32:
         """The word of place `slot * lanes + lane`, of the k best; 0 past them."""
         first = slot * self.lanes
         word = Uint32(0)
@@ -128,7 +129,9 @@ class Lanes:
         return word
 
     @cute.jit
-    def places(self, words: list, rKeys: cute.Tensor, lane: Int32, rPlaces: cute.Tensor) -> None:
+    def places(
+        self, words: list[Uint32], rKeys: cute.Tensor, lane: Int32, rPlaces: cute.Tensor
+    ) -> None:
         """The place of each entry that this lane writes. rKeys: (SLOT) their whole keys.
 
         Every lane of the warp calls.
@@ -143,7 +146,9 @@ class Lanes:
                 self.rank(words, rKeys, lane, rPlaces)
 
     @cute.jit
-    def rank(self, words: list, rKeys: cute.Tensor, lane: Int32, rPlaces: cute.Tensor) -> None:
+    def rank(
+        self, words: list[Uint32], rKeys: cute.Tensor, lane: Int32, rPlaces: cute.Tensor
+    ) -> None:
         """Count for every entry of this lane the chosen ones ahead of it."""
         row = cute.arch.lane_idx() - lane
         for slot in cutlass.range_constexpr(self.slots):

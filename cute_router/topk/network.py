@@ -29,7 +29,7 @@ def less(a: Uint32, b: Uint32) -> Uint32:
     )
 
 
-def sort(words: list) -> list:
+def sort(words: list[Uint32]) -> list[Uint32]:
     """`words`, as many as a power of two, in descending order."""
     words = list(words)
     for i, j in _odd_even_pairs(len(words)):
@@ -37,7 +37,7 @@ def sort(words: list) -> list:
     return words
 
 
-def best_half(ours: list, theirs: list) -> list:
+def best_half(ours: list[Uint32], theirs: list[Uint32]) -> list[Uint32]:
     """The best half of two sorted lists of one length, sorted."""
     best = [greater(a, b) for a, b in zip(ours, reversed(theirs), strict=True)]
     distance = len(best) // 2

@@ -8,9 +8,9 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Uint32
 
+from cute_router.topk.config import WARP
 from cute_router.topk.key import REMOVED
 
-WARP = 32
 NOBODY = 0xFFFFFFFF
 
 

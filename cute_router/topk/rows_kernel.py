@@ -15,10 +15,10 @@ from cutlass import Boolean, Float32, Int32, Int64, Uint32
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from cutlass.memory import SmemAllocator
 
-from cute_router.topk.config import RowsConfig, dsl_type
+from cute_router.topk.config import WARP, RowsConfig, dsl_type
 from cute_router.topk.key import REMOVED, key
 from cute_router.topk.lanes import Lanes
-from cute_router.topk.rounds import WARP, take_best
+from cute_router.topk.rounds import take_best
 from cute_router.topk.staging import arrived, read, stage
 
 
@@ -93,14 +93,14 @@ class RowsKernel:
                 doubts = doubts & (doubts - 1)
 
     @cute.jit
-    def length_of(self, mLengths: cute.Tensor | None, row: Int32) -> Int32:
+    def length_of(self, mLengths: Any, row: Int32) -> Int32:
         """The entries of a row."""
         n = Int32(self.cfg.length)
         if cutlass.const_expr(mLengths is not None):
             n = Int32(cutlass.max(cutlass.min(Int64(mLengths[row]), Int64(n)), Int64(0)))
         return n
 
-    def keys(self, rScores: cute.Tensor, n: Int32, block: int, lane: Int32) -> list:
+    def keys(self, rScores: cute.Tensor, n: Int32, block: int, lane: Int32) -> list[Uint32]:
         """The keys of a lane's block; of entries that the row does not have, REMOVED."""
         words = [key(rScores[i].to(Float32), "first") for i in range(cute.size(rScores))]
         if self.lay.whole(block) and self.cfg.lengths is None:
@@ -114,7 +114,7 @@ class RowsKernel:
     @cute.jit
     def store(
         self,
-        words: list,
+        words: list[Uint32],
         sRow: cute.Tensor,
         mValues: cute.Tensor,
         mIndices: cute.Tensor,

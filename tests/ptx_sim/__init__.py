@@ -5,7 +5,7 @@
     memory, barriers, tensor          shared, global and tensor memory; mbarriers; TMA and MMA
     proxies                           what needs a fence between threads and TMA or MMA
     engine                            asynchronous operations: eager, lazy or in random order
-    launch, launch_gate               a configuration and its inputs to outputs
+    launch, launch_gate, launch_hash  a configuration and its inputs to outputs
     calibration                       what a Hopper GPU runs too, and how the two compare
 
 It reads PTX, as the DSL's documented option keeps it, by the public PTX ISA, and nothing else. What

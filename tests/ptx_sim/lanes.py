@@ -78,3 +78,8 @@ def high(a: np.ndarray, b: np.ndarray, wide: str) -> np.ndarray:
 def pair(low: np.ndarray, upper: np.ndarray) -> np.ndarray:
     """mov.b64 d, {low, upper}"""
     return low.astype(np.uint64) | (upper.astype(np.uint64) << np.uint64(32))
+
+
+def unpair(whole: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """mov.b64 {low, upper}, a"""
+    return whole.astype(np.uint32), (whole >> np.uint64(32)).astype(np.uint32)

@@ -194,9 +194,10 @@ class Warp:
     def words(self, opcode: str) -> int:
         """Words of 32 bits that a load or store moves for each lane."""
         parts = opcode.split(".")
-        if parts[-1] not in ("b32", "u32", "s32", "f32"):
+        if parts[-1] not in ("b32", "u32", "s32", "f32", "b64"):
             raise Unsupported(opcode)
-        return int(parts[-2][1]) if parts[-2] in ("v2", "v4") else 1
+        size = 2 if parts[-1] == "b64" else 1
+        return size * (int(parts[-2][1]) if parts[-2] in ("v2", "v4") else 1)
 
     def load_shared(self, line: int, m: Lanes, opcode: str, address: Lanes) -> tuple:
         self.line = line
@@ -219,7 +220,10 @@ class Warp:
 
     def load_global(self, line: int, m: Lanes, opcode: str, address: Lanes) -> tuple:
         self.line = line
-        return self.array(address, m).load(address, m, self.words(opcode))
+        words = self.array(address, m).load(address, m, self.words(opcode))
+        if not opcode.endswith(".b64"):
+            return words
+        return tuple(lanes.pair(*two) for two in zip(words[::2], words[1::2], strict=True))
 
     def store_global(self, line: int, m: Lanes, opcode: str, address: Lanes, value) -> tuple:
         self.line = line
@@ -227,6 +231,8 @@ class Warp:
         if not m.any():
             return ()
         values = value if isinstance(value, tuple) else (value,)
+        if opcode.endswith(".b64"):
+            values = tuple(half for whole in values for half in lanes.unpair(whole))
         array = self.array(address, m)
         array.index(address, m, len(values))  # bounds and alignment of the whole
         if ".relaxed." not in opcode:
