@@ -30,7 +30,7 @@ BLOCK = 8  # entries that a lane takes at once
 class Pick(NamedTuple):
     """The best entries of a row; the same in all its lanes."""
 
-    words: list  # of the k best and of what else the network holds, best first
+    words: list[Uint32]  # of the k best and of what else the network holds, best first
     doubtful: Boolean  # whether the k-th may be no better than one that was left out
 
 
@@ -67,7 +67,7 @@ class Lanes:
         """Whether the row has every lane's entries of this block."""
         return (block + 1) * BLOCK * self.lanes <= self.length
 
-    def pick(self, keys: Callable[[int], list], lane: Int32) -> Pick:
+    def pick(self, keys: Callable[[int], list[Uint32]], lane: Int32) -> Pick:
         """The best words of a row. `keys(block)` are those of this lane's entries.
 
         Every lane of the warp calls; `lane` counts within the row.
