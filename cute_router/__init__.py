@@ -8,10 +8,11 @@ specification. Importing this package imports neither the kernels nor their comp
 
 from typing import TYPE_CHECKING, Any
 
+import cute_router.topk  # noqa: F401  before the function of this name, which it would replace
 from cute_router import reference
 from cute_router.arch import backend_for
-from cute_router.functional import dense_decode, hash_route
-from cute_router.spec import RouterSpec, Routing
+from cute_router.functional import activation_topk, dense_decode, hash_route, topk
+from cute_router.spec import RouterSpec, Routing, TopK
 
 if TYPE_CHECKING:
     from cute_router.compile import warmup
@@ -21,11 +22,14 @@ __version__ = "0.1.0"
 __all__ = [
     "RouterSpec",
     "Routing",
+    "TopK",
     "__version__",
+    "activation_topk",
     "backend_for",
     "dense_decode",
     "hash_route",
     "reference",
+    "topk",
     "warmup",
 ]
 

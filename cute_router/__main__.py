@@ -12,8 +12,8 @@ import time
 from collections.abc import Iterable, Sequence
 
 from cute_router import compile as compiler
-from cute_router.arch import TARGETS
-from cute_router.gemm.config import MAX_CLUSTER, DecodeConfig, can_implement
+from cute_router.arch import MAX_CLUSTER, TARGETS
+from cute_router.gemm.config import DecodeConfig, can_implement
 from cute_router.heuristics import MAX_TOKEN_TILE, decode_config
 from cute_router.spec import SCORINGS, RouterSpec
 

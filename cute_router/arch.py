@@ -1,4 +1,4 @@
-"""Which kernels a device runs, and for which target they are compiled."""
+"""Which kernels a device runs, for which target they are compiled, and how wide they can be."""
 
 from functools import cache
 
@@ -6,6 +6,7 @@ import torch
 
 # Compute capability -> target. 10.3 runs the code of the family sm_100f, not that of sm_100a.
 TARGETS = {(9, 0): "sm_90a", (10, 0): "sm_100a", (10, 3): "sm_100f"}
+MAX_CLUSTER = 16  # CTAs; beyond 8 a cluster is non-portable, and a device may refuse it
 
 
 def backend_for(device: torch.device | str | int) -> str:
@@ -42,3 +43,19 @@ def target_for(index: int) -> tuple[str, str]:
             f" device {index} has {capability[0]}.{capability[1]}"
         )
     return "generic", f"sm_{capability[0]}{capability[1]}"
+
+
+@cache
+def max_cluster(device: int) -> int:
+    """16 where clusters of 16 CTAs can start; 8, which always can, where they cannot (MIG)."""
+    import cutlass.utils
+
+    with torch.cuda.device(device):
+        torch.cuda.current_stream().synchronize()  # a context, which the query needs
+        try:
+            clusters = cutlass.utils.HardwareInfo(device).get_max_active_clusters(MAX_CLUSTER)
+        except RuntimeError as error:
+            if "INVALID_CLUSTER_SIZE" not in str(error):
+                raise
+            clusters = 0
+    return MAX_CLUSTER if clusters > 0 else 8

@@ -42,6 +42,7 @@ TRACERS = {
     "HashConfig": "cute_router.topk.hash_kernel",
     "HashGateConfig": "cute_router.topk.hash_gate_kernel",
     "HashLogitsConfig": "cute_router.topk.hash_logits_kernel",
+    "RadixConfig": "cute_router.topk.radix_kernel",
 }
 
 

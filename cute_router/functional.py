@@ -4,17 +4,27 @@ Engines call these thousands of times a second, so on CUDA a call first takes th
 (`gemm.decode.fast`, `topk.hash.fast`), which leaves most checks to the kernel's compiled host code.
 A call that is refused there, or is not of that kind, goes through every check and learns what is
 wrong with it.
+
+A backend is a module with a `launch`. Those of CUDA are imported at their first call: they bring
+the kernel compiler with them. That of CPU tensors is the specification (`cpu`).
 """
 
 from functools import cache
-from types import ModuleType
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cute_router import reference
-from cute_router.spec import RouterSpec, Routing, Scoring
-from cute_router.validate import Options, check, check_hash, check_plain
+from cute_router import cpu
+from cute_router.spec import Routing, Scoring, TopK
+from cute_router.validate import (
+    check,
+    check_hash,
+    check_logits,
+    check_plain,
+    check_topk,
+)
 
 
 def dense_decode(
@@ -80,14 +90,14 @@ def dense_decode(
     options = (top_k, scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
     call = (x, W, bias, routed_scaling_factor, options)
     if isinstance(x, Tensor) and x.is_cuda:
-        routing: Routing | None = _cuda().fast(*call, out_weights, out_ids)
+        routing: Routing | None = _cuda("gemm.decode").fast(*call, out_weights, out_ids)
         if routing is not None:
             return routing
     N, spec = check(*call)
     weights = _output("out_weights", out_weights, (N, top_k), torch.float32, x.device)
     ids = _output("out_ids", out_ids, (N, top_k), torch.int32, x.device)
     if N > 0:
-        launch = _cuda().launch if x.is_cuda else _reference
+        launch = _cuda("gemm.decode").launch if x.is_cuda else cpu.dense
         launch(x, W, bias, weights, ids, spec, float(routed_scaling_factor), options)
     return Routing(weights, ids)
 
@@ -138,7 +148,7 @@ def hash_route(
     """
     call = (token_ids, table, x, W, routed_scaling_factor, scoring, renormalize, pdl)
     if isinstance(token_ids, Tensor) and token_ids.is_cuda:
-        routing: Routing | None = _cuda_hash().fast(*call, out_weights, out_ids)
+        routing: Routing | None = _cuda("topk.hash").fast(*call, out_weights, out_ids)
         if routing is not None:
             return routing
     shape, device = check_hash(*call), token_ids.device
@@ -146,15 +156,116 @@ def hash_route(
     ids = _output("out_ids", out_ids, shape, torch.int32, device, "token_ids")
     if shape[0] > 0:
         factor = float(routed_scaling_factor)
-        launch = _cuda_hash().launch if token_ids.is_cuda else _hash_reference
+        launch = _cuda("topk.hash").launch if token_ids.is_cuda else cpu.hash_route
         launch(token_ids, table, x, W, factor, scoring, renormalize, pdl, weights, ids)
     return Routing(weights, ids)
+
+
+def activation_topk(
+    logits: Tensor,
+    bias: Tensor | None = None,
+    *,
+    top_k: int = 6,
+    routed_scaling_factor: float = 1.0,
+    scoring: Scoring = "sqrtsoftplus",
+    renormalize: bool = True,
+    n_group: int = 1,
+    topk_group: int = 1,
+    batch_invariant: bool = False,
+    pdl: bool = True,
+    out_weights: Tensor | None = None,
+    out_ids: Tensor | None = None,
+) -> Routing:
+    """Choose and weigh the experts of each token from its logits, in one kernel launch.
+
+    What `dense_decode` does behind its product, for logits that come from elsewhere.
+    `cute_router.reference.route_logits` is the specification in fp64.
+
+    Args:
+        logits: fp32, fp16 or bf16 [N, E]; N may be 0, E from 1 to 1024; rows of unit stride, any
+            distance apart. All arithmetic is in fp32.
+        bias: fp32 [E], contiguous, on the same device, or None.
+        top_k, routed_scaling_factor, scoring, renormalize, n_group, topk_group: as for
+            `dense_decode`.
+        batch_invariant: let a token's bits depend on its own row alone, also where N differs.
+        pdl: launch under programmatic dependent launch; see `dense_decode`. The bias is read before
+            the wait for the kernel ahead, the logits behind it.
+        out_weights, out_ids: where to write the result, as for `dense_decode`.
+
+    Returns:
+        Routing(weights fp32 [N, k], ids int32 [N, k]), as `dense_decode` does.
+
+    Raises:
+        TypeError, ValueError: as `dense_decode`.
+    """
+    options = (top_k, scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
+    spec, device = check_logits(logits, bias, routed_scaling_factor, options), logits.device
+    shape = (logits.shape[0], top_k)
+    weights = _output("out_weights", out_weights, shape, torch.float32, device, "logits")
+    ids = _output("out_ids", out_ids, shape, torch.int32, device, "logits")
+    if shape[0] > 0:
+        launch = _cuda("topk.gate").launch if logits.is_cuda else cpu.gate
+        factor = float(routed_scaling_factor)
+        launch(logits, bias, weights, ids, spec, factor, batch_invariant=batch_invariant, pdl=pdl)
+    return Routing(weights, ids)
+
+
+def topk(
+    scores: Tensor,
+    k: int,
+    *,
+    sorted: bool = True,
+    lengths: Tensor | None = None,
+    index_dtype: torch.dtype = torch.int64,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> TopK:
+    """The k largest entries along the last dimension, in the order of a stable descending sort.
+
+    That is the order of `torch.sort(scores, descending=True, stable=True)`: NaNs first, then by
+    descending value, -0 equal to +0, equals by ascending index. So the result is determined by the
+    scores alone. One kernel launch, which overlaps the kernel ahead of it as far as it can.
+
+    Args:
+        scores: fp32, fp16 or bf16 [..., L], L from 1 to 2^20. A last dimension without unit stride,
+            or leading ones that are no single dimension, are copied first.
+        k: 1 to 4096, at most L.
+        sorted: whether the order within a row matters to the caller. Results are sorted in either
+            case; False promises no order, and may become faster.
+        lengths: int32 or int64 [...], contiguous, on the same device: how many entries of each row
+            there are, from its first on; taken as 0 or L where it is outside [0, L]. What lacks to
+            k has index -1 and value -inf.
+        index_dtype: torch.int64 or torch.int32.
+        out: (values, indices) to write to, contiguous; allocated if None.
+
+    Returns:
+        TopK(values [..., k] of the scores' dtype, indices [..., k]). Values have their own bits:
+        those of a NaN and of -0 too. No gradient flows through them.
+
+    Raises:
+        TypeError: an argument of a wrong type or dtype.
+        ValueError: a wrong shape, device or value. Both name the argument, what was wanted and what
+            was got.
+    """
+    check_topk(scores, k, sorted, lengths, index_dtype)
+    shape, device = (*scores.shape[:-1], k), scores.device
+    if out is not None and not (isinstance(out, tuple | list) and len(out) == 2):
+        raise TypeError(f"out must be (values, indices) or None; got {out!r}")
+    given_values, given_indices = out or (None, None)
+    values = _output("out[0]", given_values, shape, scores.dtype, device, "scores")
+    indices = _output("out[1]", given_indices, shape, index_dtype, device, "scores")
+    if values.numel() > 0:
+        rows = scores.detach().reshape(-1, scores.shape[-1])
+        rows = rows if rows.stride(1) == 1 else rows.contiguous()
+        launch = _cuda("topk.standalone").launch if scores.is_cuda else cpu.topk
+        counts = None if lengths is None else lengths.view(-1)
+        launch(rows, counts, values.view(-1, k), indices.view(-1, k))
+    return TopK(values, indices)
 
 
 def _output(
     name: str,
     given: Tensor | None,
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     dtype: torch.dtype,
     device: torch.device,
     where: str = "x",
@@ -167,76 +278,6 @@ def _output(
 
 
 @cache
-def _cuda() -> ModuleType:
-    """The CUDA backend, imported at its first call: it brings the kernel compiler with it."""
-    from cute_router.gemm import decode
-
-    return decode
-
-
-@cache
-def _cuda_hash() -> ModuleType:
-    """The same for `hash_route`."""
-    from cute_router.topk import hash as hashing
-
-    return hashing
-
-
-@torch.no_grad()
-def _reference(
-    x: Tensor,
-    W: Tensor,
-    bias: Tensor | None,
-    weights: Tensor,
-    ids: Tensor,
-    spec: RouterSpec,
-    factor: float,
-    options: Options,
-) -> None:
-    """The reference as a backend. There is no launch to overlap: `pdl` has no effect."""
-    batch_invariant = options[-2]
-    # A matrix product's order of summation can depend on its number of rows; one row's cannot.
-    step = 1 if batch_invariant else x.shape[0]
-    for rows, rows_weights, rows_ids in zip(
-        x.split(step), weights.split(step), ids.split(step), strict=True
-    ):
-        result = reference.route(
-            rows,
-            W,
-            bias,
-            top_k=spec.top_k,
-            routed_scaling_factor=factor,
-            scoring=spec.scoring,
-            renormalize=spec.renormalize,
-            n_group=spec.n_group,
-            topk_group=spec.topk_group,
-        )
-        rows_weights.copy_(result.weights)
-        rows_ids.copy_(result.ids)
-
-
-@torch.no_grad()
-def _hash_reference(
-    token_ids: Tensor,
-    table: Tensor,
-    x: Tensor | None,
-    W: Tensor | None,
-    factor: float,
-    scoring: Scoring,
-    renormalize: bool,
-    pdl: bool,
-    weights: Tensor,
-    ids: Tensor,
-) -> None:
-    """The reference as a backend; `pdl` has no effect."""
-    result = reference.hash_route(
-        token_ids,
-        table,
-        x=x,
-        W=W,
-        routed_scaling_factor=factor,
-        scoring=scoring,
-        renormalize=renormalize,
-    )
-    weights.copy_(result.weights)
-    ids.copy_(result.ids)
+def _cuda(name: str) -> Any:
+    """A backend of CUDA tensors, by its module's name."""
+    return import_module(f"cute_router.{name}")

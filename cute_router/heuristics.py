@@ -5,7 +5,8 @@ Nothing here looks at a GPU: the caller says for which target, and whether clust
 
 from dataclasses import replace
 
-from cute_router.gemm.config import MAX_CLUSTER, MAX_SMEM, TILE_K, DecodeConfig, ceil_div
+from cute_router.arch import MAX_CLUSTER
+from cute_router.gemm.config import MAX_SMEM, TILE_K, DecodeConfig, ceil_div
 from cute_router.spec import RouterSpec
 
 MAX_TOKEN_TILE = 64

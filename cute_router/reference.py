@@ -20,7 +20,7 @@ below about -103) is 0 for them and may still be a number here.
 import torch
 from torch import Tensor
 
-from cute_router.spec import Routing, Scoring, check_selection
+from cute_router.spec import Routing, Scoring, TopK, check_selection
 
 
 def logits(x: Tensor, W: Tensor) -> Tensor:
@@ -190,3 +190,22 @@ def hash_route(
     a = torch.cat([a, a.new_zeros(a.shape[0], 1)], -1)  # expert E, of activation 0, for nobody
     weights = weigh(a, ids.masked_fill(nobody, E), routed_scaling_factor, renormalize)
     return Routing(weights.masked_fill(nobody, 0).float(), ids.masked_fill(nobody, -1).int())
+
+
+def topk(scores: Tensor, k: int, lengths: Tensor | None = None) -> TopK:
+    """The k first of a stable descending sort of scores [..., L]: NaNs first, -0 equal to +0.
+
+    Only the first `lengths` [...] entries of a row are there; what lacks to k is -inf, index -1.
+    """
+    L = scores.shape[-1]
+    s = scores
+    if lengths is not None:
+        missing = torch.arange(L, device=scores.device) >= lengths.unsqueeze(-1)
+        s = scores.masked_fill(missing, -torch.inf)  # behind every -inf that is there, by its index
+    indices = s.argsort(dim=-1, descending=True, stable=True)[..., :k]
+    values = scores.gather(-1, indices)
+    if lengths is not None:
+        lacking = torch.arange(k, device=scores.device) >= lengths.unsqueeze(-1)
+        values = values.masked_fill(lacking, -torch.inf)
+        indices = indices.masked_fill(lacking, -1)
+    return TopK(values, indices)

@@ -1,7 +1,8 @@
 """What a router is: its sizes and its choice of mathematics, validated once.
 
 `RouterSpec` holds everything about a router but its tensors; together with a kernel configuration
-it names a compiled kernel. `Routing` is what every router function returns.
+it names a compiled kernel. `Routing` is what every router function returns, `TopK` what `topk`
+does.
 """
 
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ Scoring = Literal["sqrtsoftplus", "sigmoid", "softmax"]
 SCORINGS: tuple[str, ...] = get_args(Scoring)
 MAX_EXPERTS = 1024
 MAX_TOP_K = 32
+MAX_LENGTH = 1 << 20  # entries of a row of `topk`
+MAX_LENGTH_TOP_K = 4096  # results of one
 HIDDEN_MULTIPLE = 8  # 16 bytes of bf16: the unit of a TMA row stride
 
 
@@ -26,6 +29,17 @@ class Routing(NamedTuple):
 
     weights: torch.Tensor
     ids: torch.Tensor
+
+
+class TopK(NamedTuple):
+    """The best entries of rows of scores, best first.
+
+    values:  [..., k] of the scores' dtype, with their own bits.
+    indices: [..., k] int64 or int32, distinct in each row; -1 where a row has no more entries.
+    """
+
+    values: torch.Tensor
+    indices: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,17 +12,21 @@ from torch import Tensor
 from cute_router.spec import (
     HIDDEN_MULTIPLE,
     MAX_EXPERTS,
+    MAX_LENGTH,
+    MAX_LENGTH_TOP_K,
     MAX_TOP_K,
     RouterSpec,
     Scoring,
     check_bool,
+    check_int,
     type_name,
 )
 
 ALIGNMENT = 16  # bytes: what TMA asks of a base address; HIDDEN_MULTIPLE is as much of a stride
 FP32_MAX = torch.finfo(torch.float32).max
 INT32_MAX = torch.iinfo(torch.int32).max
-INTEGERS = (torch.int32, torch.int64)  # of token ids and tables
+INTEGERS = (torch.int32, torch.int64)  # of token ids, tables, indices and lengths
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # of logits and scores
 MAX_TOKENS = 1 << 30  # of hash_route, whose kernels count them in 32 bits
 
 # The keyword options of a dense function, in the order of its signature:
@@ -102,6 +106,53 @@ def check_hash(
     check_bool("pdl", pdl)
     hash_spec(HIDDEN_MULTIPLE, k, scoring, renormalize)
     return N, k
+
+
+def check_logits(logits: Any, bias: Any, factor: Any, options: Options) -> RouterSpec:
+    """The spec of a call of `activation_topk` that is right; raises as `check` does."""
+    check_scores("logits", logits)
+    if logits.ndim != 2:
+        raise ValueError(f"logits must be 2-D (N, E); got {logits.ndim}-D {sizes(logits)}")
+    N, E = logits.shape
+    if not 1 <= E <= MAX_EXPERTS:
+        raise ValueError(f"logits must be (N, E) with E from 1 to {MAX_EXPERTS}; got {(N, E)}")
+    row_stride, unit_stride = logits.stride()
+    if (E > 1 and unit_stride != 1) or (N > 1 and row_stride < E):
+        raise ValueError(
+            f"logits must be (N, E) with rows of unit stride, E={E} elements or more apart; got"
+            f" shape {sizes(logits)}, strides {logits.stride()}"
+        )
+    if bias is not None:
+        check_plain("bias", bias, (E,), torch.float32, logits.device, "logits")
+    check_factor("routed_scaling_factor", factor)
+    return spec_of(E, HIDDEN_MULTIPLE, bias is not None, *options)
+
+
+def check_topk(scores: Any, k: Any, sorted_: Any, lengths: Any, index_dtype: Any) -> None:
+    """Raise as `check` does unless a call of `topk` is right, outputs apart."""
+    check_scores("scores", scores)
+    if scores.ndim < 1 or not 1 <= scores.shape[-1] <= MAX_LENGTH:
+        raise ValueError(
+            f"scores must be (..., L) with L from 1 to {MAX_LENGTH}; got {sizes(scores)}"
+        )
+    check_int("k", k, 1, min(scores.shape[-1], MAX_LENGTH_TOP_K))
+    check_bool("sorted", sorted_)
+    if lengths is not None:
+        check_integers("lengths", lengths, scores.ndim - 1, "as scores without its last dimension")
+        check_plain("lengths", lengths, sizes(scores)[:-1], lengths.dtype, scores.device, "scores")
+    if index_dtype not in INTEGERS:
+        raise TypeError(f"index_dtype must be torch.int64 or torch.int32; got {index_dtype!r}")
+
+
+def check_scores(name: str, t: Any) -> None:
+    """Raise unless `t` holds floats that are chosen from, where there is a backend for them."""
+    check_tensor(name, t)
+    if t.dtype not in FLOATS:
+        raise TypeError(
+            f"{name} must be torch.float32, torch.float16 or torch.bfloat16; got {t.dtype}"
+        )
+    if not (t.is_cuda or t.is_cpu):
+        raise ValueError(f"{name} must be on a CUDA device or the CPU; got {t.device}")
 
 
 def hash_spec(hidden_size: int, k: int, scoring: Scoring, renormalize: bool) -> RouterSpec:

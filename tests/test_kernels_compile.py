@@ -19,7 +19,9 @@ from cute_router import RouterSpec
 from cute_router import compile as compiler
 from cute_router.gemm.config import MAX_SMEM, DecodeConfig, can_implement
 from cute_router.heuristics import decode_config, resident
-from cute_router.topk.config import GateConfig
+from cute_router.topk.config import GateConfig, RadixConfig
+from cute_router.topk.radix import radix_config
+from cute_router.topk.radix_config import can_implement as can_implement_radix
 
 ARCHES = ("sm_90a", "sm_100a", "sm_100f")
 FLASH, PRO = RouterSpec(256, 4096), RouterSpec(384, 7168)
@@ -68,6 +70,27 @@ GATE = {
         "softmax-groups": RouterSpec(256, 64, 8, "softmax", n_group=8, topk_group=4),
         "E1024-k32": RouterSpec(1024, 64, 32),
     }.items()
+}
+# (rows, L, k, options): every cluster, number of threads and capacity, kept in registers and not.
+LONG_ROWS = [
+    (1, 8192, 512, {}),
+    (1, 131072, 2048, {}),
+    (4, 32768, 2048, {}),
+    (32, 8192, 1024, {}),
+    (64, 32768, 512, {}),
+    (64, 131072, 2048, {}),
+    (256, 16384, 2048, {}),
+    (1, 1 << 20, 4096, {}),
+    (4096, 2048, 64, {}),
+    (1, 1001, 400, {"vector": False, "index": "int32"}),
+    (64, 32768, 4096, {"dtype": "bfloat16", "lengths": "int64"}),
+    (999, 32768, 4096, {"dtype": "float16", "lengths": "int32"}),
+    (300, 16384, 1024, {"dtype": "bfloat16", "vector": False}),
+]
+RADIX = {
+    radix_config(rows, L, k, arch, **options): f"{arch}-rows{rows}-L{L}-k{k}"
+    for arch in ("sm_80", "sm_90a", "sm_100a")
+    for rows, L, k, options in LONG_ROWS
 }
 
 
@@ -161,17 +184,17 @@ def test_the_kernel_waits_for_the_one_ahead_and_lets_the_next_start(build):
     assert "griddepcontrol.launch_dependents" in build.ptx
 
 
-@over(DECODE | GATE)
+@over(DECODE | GATE | RADIX)
 def test_the_code_is_for_the_target_that_was_named(build):
     assert re.search(rf"^\.target {build.config.arch}\b", build.ptx, re.M)
 
 
-@over(DECODE | GATE)
+@over(DECODE | GATE | RADIX)
 def test_nothing_is_spilled_or_kept_in_local_memory(build):
     assert not uses_local_memory(build)
 
 
-@over(DECODE | GATE)
+@over(DECODE | GATE | RADIX)
 def test_static_synchronisation_analysis_has_no_warning(build):
     assert build.warnings == []
 
@@ -187,6 +210,19 @@ def test_tensor_memory_is_a_legal_number_of_columns_that_holds_the_tile(build):
     columns = tmem_columns(build.ptx)
     assert columns in (32, 64, 128, 256, MAX_TMEM)
     assert columns >= build.config.tile_tokens
+
+
+@over(RADIX)
+def test_shared_memory_of_long_rows_is_within_the_budget_and_the_budget_within_the_limit(build):
+    can_implement_radix(build.config)
+    assert build.smem <= build.config.smem_bytes
+
+
+@over(RADIX)
+def test_long_rows_are_counted_without_results_and_shared_by_clusters_where_there_are_any(build):
+    assert "red.relaxed.cta.shared::cta.add.u32" in build.ptx
+    assert ("barrier.cluster" in build.ptx) == (build.config.cluster > 1)
+    assert ("griddepcontrol.wait" in build.ptx) == build.config.pdl
 
 
 # --- the checks can fail ------------------------------------------------------------------------
@@ -255,3 +291,46 @@ def test_a_configuration_that_cannot_run_is_refused_with_the_reason(config, chan
     can_implement(config)
     with pytest.raises(ValueError, match=message):
         can_implement(replace(config, **change))
+
+
+ROWS = RadixConfig("float32", "sm_90a", cluster=16)
+OLD = RadixConfig("float32", "sm_80", pdl=False)
+
+REFUSED_ROWS = [
+    (ROWS, {"dtype": "float64"}, "dtype must be one of .*; got 'float64'"),
+    (ROWS, {"index": "int16"}, "index must be .*; got 'int16'"),
+    (ROWS, {"lengths": "int16"}, "lengths must be None, .*; got 'int16'"),
+    (ROWS, {"cluster": 3}, r"cluster must be one of \(1, 2, 4, 8, 16\) on sm_90a; got 3"),
+    (ROWS, {"threads": 96}, "threads must be a power of two from 64 to 1024; got 96"),
+    (ROWS, {"bits": 8}, "bits must be from 8 to 12, bins at least threads; got 8"),
+    (ROWS, {"bits": 13}, "bits must be from 8 to 12, bins at least threads; got 13"),
+    (ROWS, {"items": 3}, "items must be 2, 4 or 8; got 3"),
+    (ROWS, {"capacity": 3000}, "capacity must be a power of two, at least 128; got 3000"),
+    (ROWS, {"capacity": 64}, "capacity must be a power of two, at least 128; got 64"),
+    (ROWS, {"capacity": 16384}, r"needs \d+ bytes of shared memory; a CTA has 232448"),
+    (OLD, {"pdl": True}, "sm_80 has no programmatic dependent launch"),
+    (OLD, {"cluster": 2}, r"cluster must be one of \(1,\) on sm_80; got 2"),
+    (OLD, {"capacity": 16384}, r"needs \d+ bytes of shared memory; a CTA has 101376"),
+]
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "message"), REFUSED_ROWS, ids=[f"{c}" for _, c, _ in REFUSED_ROWS]
+)
+def test_a_kernel_of_long_rows_that_cannot_run_is_refused_with_the_reason(config, change, message):
+    can_implement_radix(config)
+    with pytest.raises(ValueError, match=message):
+        can_implement_radix(replace(config, **change))
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100a", "sm_100f"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_long_rows_of_every_size_have_a_kernel(arch, dtype):
+    for rows in (1, 3, 16, 60, 128, 1000):
+        for L in (1, 2, 31, 1024, 1025, 5000, 8192, 100_001, 1 << 17, (1 << 20) - 1, 1 << 20):
+            for k in {1, min(L, 100), min(L, 2048), min(L, 4096)}:
+                for vector in (False, True):
+                    c = radix_config(rows, L, k, arch, dtype=dtype, vector=vector)
+                    can_implement_radix(c)
+                    assert c.holds(L)
+                    assert c.capacity >= k

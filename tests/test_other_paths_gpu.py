@@ -69,7 +69,7 @@ def test_activations_are_right_to_1e_6_over_their_range(scoring):
     spec = RouterSpec(1, 8, 1, scoring, renormalize=False, has_bias=False)
     weights = torch.empty_like(logits)
     chosen = torch.empty_like(logits, dtype=torch.int32)
-    gate.launch(logits, None, weights, chosen, spec, 1.0)
+    gate.launch(logits, None, weights, chosen, spec, 1.0, batch_invariant=False, pdl=True)
     exact = reference.activations(logits.double(), scoring)
     error = (weights.double() - exact).abs()
     # Where fp32 itself is subnormal a result has fewer bits: half a last place there.
@@ -82,7 +82,9 @@ def test_activations_at_the_edges_are_those_of_the_limit():
     spec = RouterSpec(1, 8, 1, renormalize=False, has_bias=False)
     weights = torch.empty(6, 1, device="cuda")
     chosen = torch.empty(6, 1, dtype=torch.int32, device="cuda")
-    gate.launch(logits.cuda().view(-1, 1), None, weights, chosen, spec, 1.0)
+    gate.launch(
+        logits.cuda().view(-1, 1), None, weights, chosen, spec, 1.0, batch_invariant=False, pdl=True
+    )
     inf, zero, nan, at_0, at_minus_0, subnormal = weights.view(-1).tolist()
     assert inf == float("inf")
     assert zero == 0

@@ -7,13 +7,13 @@ without a word and the launch then fails.
 
 from dataclasses import dataclass
 
+from cute_router.arch import MAX_CLUSTER
 from cute_router.spec import RouterSpec
 
 TILE_K = 64  # bf16 elements of one 128-byte swizzled row: the depth of one TMA stage
 GROUP = 64  # experts that are ranked together; each group offers its k best
 SKEW = 16  # words between the partial sums of neighbouring ranks: see `gemm.split_k`
 MAX_SMEM = 227 * 1024  # bytes of shared memory a CTA can have on sm_90 and sm_100
-MAX_CLUSTER = 16  # beyond 8 a cluster is non-portable: see `heuristics`
 MAX_TOKEN_TILES = 256  # of one launch; a larger batch takes several
 TICKETS = MAX_TOKEN_TILES * MAX_CLUSTER  # words at the head of the scratch, one for each owner CTA
 EPILOGUE_MISC = 1024  # barriers, alignment, and a margin, in bytes

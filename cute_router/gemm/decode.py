@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from cute_router import compile as compiler
-from cute_router.arch import target_for
+from cute_router.arch import max_cluster, target_for
 from cute_router.gemm import generic
-from cute_router.gemm.config import MAX_CLUSTER, MAX_TOKEN_TILES, TICKETS, can_implement
+from cute_router.gemm.config import MAX_TOKEN_TILES, TICKETS, can_implement
 from cute_router.heuristics import MAX_TOKEN_TILE, decode_config, token_bucket
 from cute_router.spec import RouterSpec, Routing, Scoring
 from cute_router.validate import FP32_MAX, Options, spec_of
@@ -158,19 +158,3 @@ def plan_of(
 def workspace(device: int) -> Workspace:
     """The scratch of a device."""
     return Workspace(device, head=TICKETS)
-
-
-@cache
-def max_cluster(device: int) -> int:
-    """16 where clusters of 16 CTAs can start; 8, which always can, where they cannot (MIG)."""
-    import cutlass.utils
-
-    with torch.cuda.device(device):
-        torch.cuda.current_stream().synchronize()  # a context, which the query needs
-        try:
-            clusters = cutlass.utils.HardwareInfo(device).get_max_active_clusters(MAX_CLUSTER)
-        except RuntimeError as error:
-            if "INVALID_CLUSTER_SIZE" not in str(error):
-                raise
-            clusters = 0
-    return MAX_CLUSTER if clusters > 0 else 8

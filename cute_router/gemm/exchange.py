@@ -15,7 +15,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 
-from cute_router.gemm.config import MAX_CLUSTER, TICKETS
+from cute_router.arch import MAX_CLUSTER
+from cute_router.gemm.config import TICKETS
 from cute_router.gemm.ptx import EMPTY, draw, load_quad, store_quad
 
 PACKET = 4  # words

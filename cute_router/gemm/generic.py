@@ -25,4 +25,13 @@ def launch(
         x.split(step), weights.split(step), ids.split(step), strict=True
     ):
         logits = torch.mm(rows, W.t(), out_dtype=torch.float32)
-        gate.launch(logits, bias, rows_weights, rows_ids, spec, factor)
+        gate.launch(
+            logits,
+            bias,
+            rows_weights,
+            rows_ids,
+            spec,
+            factor,
+            batch_invariant=batch_invariant,
+            pdl=True,
+        )

@@ -11,7 +11,7 @@ from cute_router import compile as compiler
 from cute_router.arch import target_for
 from cute_router.spec import HIDDEN_MULTIPLE, RouterSpec
 from cute_router.topk.config import GateConfig, dependent_launch, dtype_name, lanes_for
-from cute_router.topk.rows import MAX_BUCKET, rows_are_vectors
+from cute_router.topk.rows import MAX_BUCKET, row_bucket, rows_are_vectors, unit_rows
 
 
 def launch(
@@ -21,10 +21,14 @@ def launch(
     ids: Tensor,
     spec: RouterSpec,
     factor: float,
-    pdl: bool = True,
+    *,
+    batch_invariant: bool,
+    pdl: bool,
 ) -> None:
     """Queue the choice on the current stream of the logits' device. N is at least 1."""
-    bucket = min(1 << (logits.shape[0] - 1).bit_length(), MAX_BUCKET)
+    logits = unit_rows(logits)
+    # How many lanes share a token decides in which order its weights are summed.
+    bucket = MAX_BUCKET if batch_invariant else row_bucket(logits.shape[0])
     kernel = kernel_of(
         spec, logits.dtype, rows_are_vectors(logits), bucket, pdl, logits.get_device()
     )

@@ -25,11 +25,10 @@ def serves(length: int, top_k: int) -> bool:
     return length <= MAX_ROW and top_k <= MAX_ROW_TOP_K
 
 
-def launch(
-    scores: Tensor, lengths: Tensor | None, values: Tensor, indices: Tensor, *, pdl: bool = True
-) -> None:
+def launch(scores: Tensor, lengths: Tensor | None, values: Tensor, indices: Tensor) -> None:
     """Queue topk of each row of a matrix on the current stream of its device."""
     rows, length = scores.shape
+    scores = unit_rows(scores)
     kernel = kernel_of(
         length,
         values.shape[1],
@@ -37,11 +36,20 @@ def launch(
         indices.dtype,
         None if lengths is None else lengths.dtype,
         rows_are_vectors(scores),
-        min(1 << (rows - 1).bit_length(), MAX_BUCKET),
-        pdl,
+        row_bucket(rows),
         scores.get_device(),
     )
     kernel(scores, lengths, values, indices)
+
+
+def row_bucket(rows: int) -> int:
+    """The numbers of rows that share a configuration: the power of two that holds `rows`."""
+    return min(1 << (rows - 1).bit_length(), MAX_BUCKET)
+
+
+def unit_rows(t: Tensor) -> Tensor:
+    """`t` with a unit stride in its rows also where they are of one entry, whose stride is free."""
+    return t.as_strided(t.shape, (t.stride(0), 1)) if t.shape[1] == 1 else t
 
 
 def rows_are_vectors(t: Tensor) -> bool:
@@ -63,7 +71,6 @@ def kernel_of(
     lengths: torch.dtype | None,
     vector: bool,
     bucket: int,
-    pdl: bool,
     device: int,
 ) -> Callable[..., None]:
     """The kernel for rows of this kind, of which there are up to `bucket`, on a device."""
@@ -77,6 +84,6 @@ def kernel_of(
         None if lengths is None else dtype_name(lengths),
         vector,
         lanes_for(bucket, length),
-        pdl=pdl and dependent_launch(target),
+        pdl=dependent_launch(target),
     )
     return compiler.kernel(config)

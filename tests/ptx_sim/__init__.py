@@ -1,11 +1,11 @@
-"""A functional simulator of the PTX that the decode kernels compile to; a test tool, CPU only.
+"""A functional simulator of the PTX that the kernels compile to; a test tool, CPU only.
 
     parser -> operations, program     text to basic blocks, each a Python function over 32 lanes
     machine, warp                     clusters, CTAs, warps and the loop that runs them
     memory, barriers, tensor          shared, global and tensor memory; mbarriers; TMA and MMA
     proxies                           what needs a fence between threads and TMA or MMA
     engine                            asynchronous operations: eager, lazy or in random order
-    launch, launch_gate, launch_hash  a configuration and its inputs to outputs
+    launch, launch_*                  a configuration and its inputs to outputs
     calibration                       what a Hopper GPU runs too, and how the two compare
 
 It reads PTX, as the DSL's documented option keeps it, by the public PTX ISA, and nothing else. What

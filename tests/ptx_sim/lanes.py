@@ -19,6 +19,11 @@ DTYPES = {
     "u8": np.dtype(np.uint64),
     "i8": np.dtype(np.int64),
 }
+# A 16-bit float's bits as fp32, which is exact.
+SINGLE = {
+    "f16": "{}.view(np.float16).astype(np.float32)",
+    "bf16": "({}.astype(np.uint32) << np.uint32(16)).view(np.float32)",
+}
 
 
 def register_type(name: str) -> str:
@@ -69,17 +74,24 @@ def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     return (a.astype(np.float64) * b + c).astype(np.float32)
 
 
+def leading_zeros(a: np.ndarray) -> np.ndarray:
+    """clz.b32"""
+    return np.array([32 - int(v).bit_length() for v in a], np.uint32)
+
+
 def high(a: np.ndarray, b: np.ndarray, wide: str) -> np.ndarray:
     """The upper half of the product of two values of half the width of `wide`."""
     product = a.astype(wide) * b.astype(wide)
     return (product >> product.dtype.type(4 * product.dtype.itemsize)).astype(a.dtype)
 
 
+def halves(value: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The lower and upper word of 64 bits, or a word by itself."""
+    if value.dtype.itemsize == 4:
+        return (value,)
+    return value.astype(np.uint32), (value >> np.uint64(32)).astype(np.uint32)
+
+
 def pair(low: np.ndarray, upper: np.ndarray) -> np.ndarray:
     """mov.b64 d, {low, upper}"""
     return low.astype(np.uint64) | (upper.astype(np.uint64) << np.uint64(32))
-
-
-def unpair(whole: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """mov.b64 {low, upper}, a"""
-    return whole.astype(np.uint32), (whole >> np.uint64(32)).astype(np.uint32)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from cute_router import Routing
+from cute_router.arch import MAX_CLUSTER
 from cute_router.compile import trace_and_compile
-from cute_router.gemm.config import MAX_CLUSTER, TICKETS, DecodeConfig, ceil_div
+from cute_router.gemm.config import TICKETS, DecodeConfig, ceil_div
 from ptx_sim.engine import policy_of
 from ptx_sim.errors import SimulationError
 from ptx_sim.machine import Machine

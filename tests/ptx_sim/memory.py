@@ -62,6 +62,22 @@ class Region:
                 self.words[at[m]] = value[m]
         return index
 
+    def half(self, addresses: np.ndarray, m: np.ndarray) -> np.ndarray:
+        """The 16-bit word at each address."""
+        kind = addresses.dtype.type
+        if (addresses[m] & kind(1)).any():
+            raise OutOfBounds(f"{self.name}: misaligned")
+        word = self.index(addresses & ~kind(3), m, 1)
+        return (word << kind(1)) | (addresses >> kind(1) & kind(1))
+
+    def load_half(self, addresses: np.ndarray, m: np.ndarray) -> np.ndarray:
+        """16 bits for each active lane."""
+        return self.words.view(np.uint16)[self.half(addresses, m)]
+
+    def store_half(self, addresses: np.ndarray, m: np.ndarray, value: np.ndarray) -> None:
+        """16 bits of each active lane."""
+        self.words.view(np.uint16)[self.half(addresses, m)[m]] = value[m]
+
 
 class Shared(Region):
     """The shared memory of a CTA, poisoned."""

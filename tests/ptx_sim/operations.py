@@ -17,11 +17,16 @@ EFFECTS = {
     "ld.relaxed.gpu.global": ("load_global", 1),
     "st.global": ("store_global", 0),
     "st.relaxed.gpu.global": ("store_global", 0),
+    "st.shared::cluster": ("store_peer", 0),
     "atom.relaxed.gpu.global.inc.u32": ("atomic_inc", 1),
+    "atom.relaxed.cta.shared::cta.add.u32": ("atomic_add", 1),
+    "red.relaxed.cta.shared::cta.add.u32": ("reduce_add", 0),
+    "red.relaxed.cluster.shared::cluster.add.u32": ("reduce_add", 0),
     "mapa.shared::cluster.u32": ("mapa", 1),
     "elect.sync": ("elect", 2),
     "shfl.sync": ("shuffle", 1),
     "redux.sync": ("reduce", 1),
+    "vote.sync.any.pred": ("any", 1),
     "bar.warp.sync": ("converge", 0),
     "bar.arrive": ("bar_arrive", 0),
     "barrier.cluster.arrive": ("cluster_arrive", 0),
@@ -245,11 +250,12 @@ class Emitter:
                 place = f"'{address.base.name}', {address.offset + i * size}, {size}"
                 self.put(name, f"u{size}", f"w.load_param({place})")
             return
-        if instruction.opcode == "mov.b64" and isinstance(instruction.operands[0], Vector):
+        if isinstance(instruction.operands[0], Vector):  # mov.b64 or mov.b32 to two halves
             low, high = instruction.operands[0].items
-            whole = self.value(instruction.operands[1], "u8")
-            self.put(low.name, "u4", f"{whole}.astype('u4')")
-            self.put(high.name, "u4", f"({whole} >> {self.constant(32, 'u8')}).astype('u4')")
+            of, to, bits = {"b64": ("u8", "u4", 32), "b32": ("u4", "u2", 16)}[instruction.parts[1]]
+            whole = self.value(instruction.operands[1], of)
+            self.put(low.name, to, f"{whole}.astype('{to}')")
+            self.put(high.name, to, f"({whole} >> {self.constant(bits, of)}).astype('{to}')")
             return
         kind, expression = self.arithmetic(instruction)
         target = instruction.operands[0].name
@@ -267,6 +273,9 @@ class Emitter:
             return "u8", f"lanes.pair({low}, {high})"
         if name == "cvt":
             return self.convert(parts, inputs[0])
+        if parts[:2] == ["setp", "num"] and last in ("f16", "bf16"):
+            singles = [lanes.SINGLE[last].format(self.value(item, "u2")) for item in inputs]
+            return "p", COMPARE["num"].format(*singles)
         if last == "pred":
             values = [self.value(item, "p") for item in inputs]
             form = {"mov": "{}", "not": "~{}", "and": "{} & {}", "or": "{} | {}", "xor": "{} ^ {}"}
@@ -313,13 +322,17 @@ class Emitter:
             return unsigned, f"{a} {INTEGER[name]} {b}"
         values = [self.value(item, kind) for item in inputs]
         forms = {"min": "np.minimum({}, {})", "max": "np.maximum({}, {})", "neg": "-{}"}
-        forms |= {"not": "~{}", "abs": "np.abs({})"}
+        forms |= {"not": "~{}", "abs": "np.abs({})", "clz": "lanes.leading_zeros({})"}
+        if name == "max" and parts[1] == "relu":
+            return kind, f"np.maximum({forms['max'].format(*values)}, 0)"
         if name not in forms:
             raise Unsupported(instruction.opcode)
         return kind, forms[name].format(*values)
 
     def convert(self, parts: list[str], source: Operand) -> tuple[str, str]:
-        """cvt between integers, and from integers to fp32."""
+        """cvt between integers, from integers to fp32, and from 16-bit floats to fp32."""
+        if parts[-2] == "f32" and parts[-1] in ("f16", "bf16"):
+            return "f4", lanes.SINGLE[parts[-1]].format(self.value(source, "u2"))
         to, of = (p[0].replace("s", "i") + str(int(p[1:]) // 8) for p in parts[-2:])
         if "f" in of or (to[0] == "f" and parts[1] != "rn"):
             raise Unsupported(".".join(parts))
@@ -329,7 +342,7 @@ class Emitter:
 
     # --- effects --------------------------------------------------------------------------------
 
-    def arguments(self, operands: tuple[Operand, ...]) -> list[str]:
+    def arguments(self, operands: tuple[Operand, ...], literal: str = "u4") -> list[str]:
         """Operands as a method of `Warp` takes them: arrays, sums for addresses, tuples."""
         found = []
         for operand in operands:
@@ -341,17 +354,18 @@ class Emitter:
                     if coordinates:
                         found.append(f"({', '.join(self.value(c, 'i4') for c in coordinates)})")
                 case Vector(items):
-                    found.append(f"({', '.join(self.arguments(items))},)")
+                    found.append(f"({', '.join(self.arguments(items, literal))},)")
                 case Register(name):
                     found.append(self.get(name, lanes.register_type(name)))
                 case Immediate(value):
-                    found.append(self.constant(value, "u4"))
+                    found.append(self.constant(value, literal))
         return found
 
     def call(self, instruction: Instruction, method: str, count: int) -> None:
         """A method of `Warp`, and its results into registers."""
         targets = registers(Vector(instruction.operands[:count]))
-        arguments = self.arguments(instruction.operands[count:])
+        literal = "u8" if instruction.parts[0] == "st" and instruction.parts[-1] == "b64" else "u4"
+        arguments = self.arguments(instruction.operands[count:], literal)
         mask = f"m & {self.guard(instruction)}" if instruction.guard else "m"
         head = [str(instruction.line), mask, repr(instruction.opcode)]
         call = f"w.{method}({', '.join(head + arguments)})"

@@ -14,7 +14,7 @@ import numpy as np
 from ptx_sim import lanes, tensor
 from ptx_sim.barriers import Mbarrier, Wait
 from ptx_sim.errors import Hazard, Misuse, Unsupported
-from ptx_sim.memory import SHARED_BASE, WINDOW, Poll
+from ptx_sim.memory import SHARED_BASE, WINDOW, Poll, Region
 from ptx_sim.proxies import STRANGERS, Issue
 from ptx_sim.tensor import TensorMap
 
@@ -169,6 +169,10 @@ class Warp:
 
     def shuffle(self, line: int, m: Lanes, opcode: str, a, b, c, _mask) -> tuple:
         self.whole(line, m, opcode)
+        if ".up." in opcode:
+            if (c != 0).any():
+                raise Unsupported(f"{opcode} in parts of a warp")
+            return (np.where(b <= lanes.LANES, a[(lanes.LANES - b) & np.uint32(31)], a),)
         if (c != 31).any():
             raise Unsupported(f"{opcode} in parts of a warp")
         source = b if ".idx." in opcode else lanes.LANES ^ b
@@ -183,6 +187,10 @@ class Warp:
         typed = a.view(np.int32) if kind == "s32" else a
         return (lanes.constant(int(function(typed)), "u4"),)
 
+    def any(self, line: int, m: Lanes, opcode: str, a: Lanes, _mask: Lanes) -> tuple:
+        self.whole(line, m, opcode)
+        return (np.full(lanes.WARP, bool(a.any())),)
+
     # --- loads and stores -----------------------------------------------------------------------
 
     def load_param(self, name: str, offset: int, size: int) -> Lanes:
@@ -194,21 +202,70 @@ class Warp:
     def words(self, opcode: str) -> int:
         """Words of 32 bits that a load or store moves for each lane."""
         parts = opcode.split(".")
-        if parts[-1] not in ("b32", "u32", "s32", "f32", "b64"):
+        size = {"b32": 1, "u32": 1, "s32": 1, "f32": 1, "b64": 2}.get(parts[-1])
+        if size is None:
             raise Unsupported(opcode)
-        size = 2 if parts[-1] == "b64" else 1
         return size * (int(parts[-2][1]) if parts[-2] in ("v2", "v4") else 1)
+
+    def loaded(self, opcode: str, region: Region, address: Lanes, m: Lanes) -> tuple:
+        """What a load gets, one array for each destination."""
+        if opcode.endswith(".b16"):
+            return (region.load_half(address, m),)
+        words = region.load(address, m, self.words(opcode))
+        if not opcode.endswith(".b64"):
+            return words
+        return tuple(lanes.pair(*words[i : i + 2]) for i in range(0, len(words), 2))
+
+    def stored(self, opcode: str, value) -> tuple:
+        """The words that a store writes."""
+        values = value if isinstance(value, tuple) else (value,)
+        words = tuple(word for v in values for word in lanes.halves(v))
+        if len(words) != self.words(opcode):
+            raise Unsupported(opcode)
+        return words
 
     def load_shared(self, line: int, m: Lanes, opcode: str, address: Lanes) -> tuple:
         self.line = line
-        return self.cta.shared.load(address, m, self.words(opcode))
+        return self.loaded(opcode, self.cta.shared, address, m)
 
     def store_shared(self, line: int, m: Lanes, opcode: str, address: Lanes, value) -> tuple:
         self.line = line
-        self.words(opcode)
         if m.any():
-            values = value if isinstance(value, tuple) else (value,)
-            self.cta.shared.store_generic(address, m, values, self.threads, self.tick())
+            words = self.stored(opcode, value)
+            self.cta.shared.store_generic(address, m, words, self.threads, self.tick())
+        return ()
+
+    def store_peer(self, line: int, m: Lanes, opcode: str, address: Lanes, value) -> tuple:
+        self.line = line
+        for cta, active in self.peers(address, m):
+            words = self.stored(opcode, value)
+            cta.shared.store_generic(address, active, words, STRANGERS, self.tick())
+        return ()
+
+    def peers(self, address: Lanes, m: Lanes):
+        """The CTAs that the lanes address, each with the lanes that do."""
+        ranks = address >> np.uint32(WINDOW)
+        for rank in set(ranks[m].tolist()):
+            active = m & (ranks == rank)
+            cta = self.cta.cluster.cta(int(address[active.argmax()]))
+            cta.alive(f"{self} reaches into its shared memory")
+            yield cta, active
+
+    def atomic_add(self, line: int, m: Lanes, opcode: str, address: Lanes, value: Lanes) -> tuple:
+        self.line = line
+        old = np.zeros(lanes.WARP, np.uint32)
+        shared = self.cta.shared
+        index = shared.index(address, m, 1)
+        for lane in np.flatnonzero(m):
+            old[lane] = shared.words[index[lane]]
+            shared.words[index[lane]] += value[lane]
+        return (old,)
+
+    def reduce_add(self, line: int, m: Lanes, opcode: str, address: Lanes, value: Lanes) -> tuple:
+        self.line = line
+        for cta, active in self.peers(address, m):
+            index = cta.shared.index(address, active, 1)
+            np.add.at(cta.shared.words, index[active], value[active])
         return ()
 
     def array(self, address: Lanes, m: Lanes):
@@ -220,20 +277,19 @@ class Warp:
 
     def load_global(self, line: int, m: Lanes, opcode: str, address: Lanes) -> tuple:
         self.line = line
-        words = self.array(address, m).load(address, m, self.words(opcode))
-        if not opcode.endswith(".b64"):
-            return words
-        return tuple(lanes.pair(*two) for two in zip(words[::2], words[1::2], strict=True))
+        if not m.any():
+            raise Unsupported(f"{opcode} by no lane")
+        return self.loaded(opcode, self.array(address, m), address, m)
 
     def store_global(self, line: int, m: Lanes, opcode: str, address: Lanes, value) -> tuple:
         self.line = line
-        self.words(opcode)
         if not m.any():
             return ()
-        values = value if isinstance(value, tuple) else (value,)
-        if opcode.endswith(".b64"):
-            values = tuple(half for whole in values for half in lanes.unpair(whole))
         array = self.array(address, m)
+        if opcode.endswith(".b16"):
+            array.store_half(address, m, value)
+            return ()
+        values = self.stored(opcode, value)
         array.index(address, m, len(values))  # bounds and alignment of the whole
         if ".relaxed." not in opcode:
             array.store(address, m, values)

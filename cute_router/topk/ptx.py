@@ -1,0 +1,66 @@
+"""PTX of the selection kernels that the DSL has no word for, each instruction named once."""
+
+import cutlass.cute as cute
+from cutlass import Int32, Uint64
+
+
+@cute.jit
+def count_one(counter: cute.Pointer) -> None:
+    """Add 1 to a counter in shared memory.
+
+    Of a constant 1 and without a result the hardware adds a warp's equal addresses as one.
+    """
+    cute.arch.inline_ptx(
+        "red.relaxed.cta.shared::cta.add.u32 [{$r0}], 1;", read_only_args=[counter]
+    )
+
+
+@cute.jit
+def opaque(word: Int32) -> Int32:
+    """The same word, of which the compiler knows nothing: no instruction in the end."""
+    return cute.arch.inline_ptx(
+        "mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[word]
+    )
+
+
+@cute.jit
+def reserve(counter: cute.Pointer, places: Int32) -> Int32:
+    """Add to a counter in shared memory; its value before."""
+    return cute.arch.inline_ptx(
+        "atom.relaxed.cta.shared::cta.add.u32 {$w0}, [{$r0}], {$r1};",
+        write_only_types=[Int32],
+        read_only_args=[counter, places],
+    )
+
+
+@cute.jit
+def add_to_peer(counter: cute.Pointer, peer: Int32, count: Int32) -> None:
+    """Add to the counter that stands at this place in CTA `peer` of the cluster."""
+    cute.arch.inline_ptx(
+        "{\n\t.reg .b32 there;\n\t"
+        "mapa.shared::cluster.u32 there, {$r0}, {$r1};\n\t"
+        "red.relaxed.cluster.shared::cluster.add.u32 [there], {$r2};\n\t}",
+        read_only_args=[counter, peer, count],
+    )
+
+
+@cute.jit
+def store_to_peer(word: cute.Pointer, peer: Int32, value: Int32) -> None:
+    """Store to the word that stands at this place in CTA `peer` of the cluster."""
+    cute.arch.inline_ptx(
+        "{\n\t.reg .b32 there;\n\t"
+        "mapa.shared::cluster.u32 there, {$r0}, {$r1};\n\t"
+        "st.shared::cluster.b32 [there], {$r2};\n\t}",
+        read_only_args=[word, peer, value],
+    )
+
+
+@cute.jit
+def store_long_to_peer(word: cute.Pointer, peer: Int32, value: Uint64) -> None:
+    """The same for 64 bits."""
+    cute.arch.inline_ptx(
+        "{\n\t.reg .b32 there;\n\t"
+        "mapa.shared::cluster.u32 there, {$r0}, {$r1};\n\t"
+        "st.shared::cluster.b64 [there], {$r2};\n\t}",
+        read_only_args=[word, peer, value],
+    )
