@@ -9,7 +9,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32
 
-from cute_router.epilogue.scoring import activate, exp_nonpositive
+from cute_router.epilogue.scoring import activate_all, exp_nonpositive
 from cute_router.epilogue.weights import weight
 from cute_router.spec import RouterSpec
 from cute_router.topk.config import WARP
@@ -86,16 +86,16 @@ def route_row(
     rAct = cute.make_rmem_tensor(slots, Float32)
     rKeys = cute.make_rmem_tensor(slots, Uint32)
     for i in cutlass.range_constexpr(slots):
-        rAct[i] = -Float32.inf
+        rAct[i] = -Float32.inf if cutlass.const_expr(spec.scoring == "softmax") else Float32(0.0)
         if lane + WARP * i < E:
             rAct[i] = gLogits[lane + WARP * i].to(Float32)
     if cutlass.const_expr(spec.scoring == "softmax"):
         softmax(rAct)
+    else:
+        activate_all(rAct, spec.scoring)
     for i in cutlass.range_constexpr(slots):
         rKeys[i] = Uint32(REMOVED)
         if lane + WARP * i < E:
-            if cutlass.const_expr(spec.scoring != "softmax"):
-                rAct[i] = activate(rAct[i], spec.scoring)
             score = rAct[i]
             if cutlass.const_expr(spec.has_bias):
                 score = score + bias[lane + WARP * i]

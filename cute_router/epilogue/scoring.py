@@ -18,21 +18,21 @@ LIFT = 64  # binary orders that keep the smallest results out of the subnormals 
 # of an exponent and LIFT on top, those bits are the exponent of 2^(whole + LIFT).
 ROUNDER = 12582912.0 + 127 + LIFT
 
-# Below this l, log1p(e) = e (1 - e/2) to fp32 precision, e = exp(l), and its root is
-# exp(l/2) (1 - e/4): half the exponent, so that the result underflows only where it must.
-TAIL = -15.0
+# Below this l, sqrt(log1p(e)) = exp(l/2) (1 - e/4) to fp32 precision, e = exp(l): with half the
+# exponent the result underflows only where it must. Above it the error that the instruction for
+# exp2 makes of l log2(e), which grows with |l|, does no harm.
+TAIL = -8.0
 
-# log1p(e) / e on [0, 1], minimax in the relative error: 3e-8, below fp32's own rounding.
+# log1p(e) / e on [0, 1], minimax in the relative error: 2e-7, of which the root keeps half.
 LOG1P = (
-    0.9999999403953552,
-    -0.4999949336051941,
-    0.3331909775733948,
-    -0.2484298199415207,
-    0.19106008112430573,
-    -0.13663247227668762,
-    0.07822596281766891,
-    -0.02950523979961872,
-    0.005232693627476692,
+    0.9999998211860657,
+    -0.4999740421772003,
+    0.33275479078292847,
+    -0.24495463073253632,
+    0.17745241522789001,
+    -0.10768171399831772,
+    0.04408963397145271,
+    -0.008539208211004734,
 )
 
 
@@ -49,26 +49,29 @@ def exp_nonpositive(v: Float32) -> Float32:
     return root * power * Float32(2.0**-LIFT)  # the result may be subnormal, no factor is
 
 
-def log1p_unit(e: Float32) -> Float32:
-    """log1p(e) for e in [0, 1]; the polynomial as a tree, for a short chain of dependent steps."""
-    terms = [Float32(c) for c in LOG1P]
-    power = e
+def polynomial(coefficients: tuple[float, ...], v: Float32) -> Float32:
+    """The polynomial at v, as a tree: a short chain of dependent steps."""
+    terms, power = [Float32(c) for c in coefficients], v
     while len(terms) > 1:
-        pairs = [cute.math.fma(b, power, a) for a, b in zip(terms[::2], terms[1::2], strict=False)]
-        terms = pairs + terms[2 * len(pairs) :]
+        pairs = zip(terms[::2], terms[1::2], strict=True)
+        terms = [cute.math.fma(b, power, a) for a, b in pairs]
         power = power * power
-    return terms[0] * e
+    return terms[0]
+
+
+def sqrtsoftplus_body(logit: Float32) -> Float32:
+    """sqrt(softplus(logit)) from TAIL on; a NaN stays one."""
+    magnitude = cute.math.absf(logit)
+    e = cute.math.exp2(magnitude * Float32(-LOG2_E), approx=True, ftz=True)
+    positive = cute.math.fma(magnitude, Float32(0.5), logit * 0.5)  # max(l, 0), which keeps NaN
+    return sqrt(cute.math.fma(polynomial(LOG1P, e), e, positive))
 
 
 @cute.jit
-def sqrtsoftplus(logit: Float32) -> Float32:
-    """sqrt(softplus(logit)), the activation of DeepSeek-V4's router. A NaN stays one."""
-    in_tail = logit < Float32(TAIL)
-    magnitude = cute.math.absf(logit)
-    e = exp_nonpositive(cutlass.select_(in_tail, logit * 0.5, -magnitude))
-    positive = cute.math.fma(magnitude, Float32(0.5), logit * 0.5)  # max(l, 0), which keeps NaN
-    body = sqrt(positive + log1p_unit(e))
-    return cutlass.select_(in_tail, e * (1.0 - e * e * 0.25), body)
+def sqrtsoftplus_tail(logit: Float32) -> Float32:
+    """sqrt(softplus(logit)) below TAIL."""
+    e = exp_nonpositive(logit * 0.5)
+    return e * (1.0 - e * e * 0.25)
 
 
 @cute.jit
@@ -89,8 +92,32 @@ def sigmoid(logit: Float32) -> Float32:
 
 
 @cute.jit
+def activate_all(rLogits: cute.Tensor, scoring: cutlass.Constexpr) -> None:
+    """The activations of logits, in place; softmax needs a whole row and is not here.
+
+    An activation depends on its logit alone, not on the others.
+    """
+    if cutlass.const_expr(scoring == "sigmoid"):
+        for i in cutlass.range_constexpr(cute.size(rLogits)):
+            rLogits[i] = sigmoid(rLogits[i])
+    else:
+        rBody = cute.make_rmem_tensor(cute.size(rLogits), Float32)
+        lowest = rLogits[0]
+        for i in cutlass.range_constexpr(cute.size(rLogits)):
+            rBody[i] = sqrtsoftplus_body(rLogits[i])
+            lowest = cute.arch.fmin(lowest, rLogits[i])
+        if lowest < Float32(TAIL):  # rarely
+            for i in cutlass.range_constexpr(cute.size(rLogits)):
+                if rLogits[i] < Float32(TAIL):
+                    rBody[i] = sqrtsoftplus_tail(rLogits[i])
+        for i in cutlass.range_constexpr(cute.size(rLogits)):
+            rLogits[i] = rBody[i]
+
+
+@cute.jit
 def activate(logit: Float32, scoring: cutlass.Constexpr) -> Float32:
-    """The activation of one logit; softmax needs its whole row and is not here."""
-    if cutlass.const_expr(scoring == "sqrtsoftplus"):
-        return sqrtsoftplus(logit)
-    return sigmoid(logit)
+    """The activation of one logit."""
+    rLogit = cute.make_rmem_tensor(1, Float32)
+    rLogit[0] = logit
+    activate_all(rLogit, scoring)
+    return rLogit[0]

@@ -16,7 +16,7 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from cutlass.memory import SmemAllocator
 
 from cute_router.epilogue.row import route_row
-from cute_router.epilogue.scoring import activate
+from cute_router.epilogue.scoring import activate_all
 from cute_router.epilogue.weights import weight
 from cute_router.topk.config import WARP, GateConfig, dsl_type
 from cute_router.topk.key import REMOVED, key
@@ -145,8 +145,11 @@ class GateKernel:
         Should it be among the k best, or at the edge, with another one, whole keys decide.
         """
         words = []
+        rScores = cute.make_rmem_tensor(cute.size(rLogits), Float32)
+        rScores.store(rLogits.load().to(Float32))
+        activate_all(rScores, self.cfg.spec.scoring)
         for i in range(cute.size(rLogits)):
-            score = activate(rLogits[i].to(Float32), self.cfg.spec.scoring)
+            score = rScores[i]
             if rBias is not None:
                 score = score + rBias[i]
             word = key(cute.arch.fmax(score, -Float32.inf), "first")
@@ -156,6 +159,10 @@ class GateKernel:
                 word = cutlass.select_(real, word, Uint32(REMOVED))
             words.append(word)
         return words
+
+    def chosen(self, slot: int, lane: Int32) -> Boolean:
+        """Whether the lane has a k-th best, or a better one, in this slot."""
+        return lane + slot * self.cfg.lanes < self.cfg.spec.top_k
 
     @cute.jit
     def store(
@@ -176,22 +183,22 @@ class GateKernel:
         rPlaces = cute.make_rmem_tensor(lay.slots, Int32)
         rIds = cute.make_rmem_tensor(lay.slots, Int32)
         rActs = cute.make_rmem_tensor(lay.slots, Float32)
+        for slot in cutlass.range_constexpr(lay.slots):
+            expert = lay.index(lay.mine(words, slot, lane))
+            rIds[slot] = cutlass.select_(self.chosen(slot, lane), expert, Int32(0))
+            rActs[slot] = sRow[rIds[slot]].to(Float32)
+        activate_all(rActs, c.spec.scoring)
         total = Float32(0.0)
         for slot in cutlass.range_constexpr(lay.slots):
-            chosen = lane + slot * c.lanes < c.spec.top_k
-            expert = lay.index(lay.mine(words, slot, lane))
-            rIds[slot] = cutlass.select_(chosen, expert, Int32(0))
-            activation = activate(sRow[rIds[slot]].to(Float32), c.spec.scoring)
-            score = activation
+            score = rActs[slot]
             if cutlass.const_expr(sBias is not None):
                 score = score + sBias[rIds[slot]]
             rKeys[slot] = key(score)
-            rActs[slot] = activation
-            total = total + cutlass.select_(chosen, activation, Float32(0.0))
+            total = total + cutlass.select_(self.chosen(slot, lane), rActs[slot], Float32(0.0))
         lay.places(words, rKeys, lane, rPlaces)
         total = cute.arch.warp_reduction_sum(total, threads_in_group=c.lanes)
         for slot in cutlass.range_constexpr(lay.slots):
-            if settled and lane + slot * c.lanes < c.spec.top_k:
+            if settled and self.chosen(slot, lane):
                 mWeights[token, rPlaces[slot]] = weight(rActs[slot], total, factor, c.spec)
                 mIds[token, rPlaces[slot]] = rIds[slot]
 

@@ -22,7 +22,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32, Uint32
 
-from cute_router.topk.network import best_half, sort
+from cute_router.topk.network import best_half, less, sort
 
 BLOCK = 8  # entries that a lane takes at once
 
@@ -139,10 +139,10 @@ class Lanes:
         for slot in cutlass.range_constexpr(self.slots):
             rPlaces[slot] = lane + slot * self.lanes
         if cutlass.const_expr(not self.exact and self.top_k > 1):
-            tied = self.alike(words[0], words[1])
+            closest = words[0] ^ words[1]
             for i in cutlass.range_constexpr(1, self.top_k - 1):
-                tied = tied or self.alike(words[i], words[i + 1])
-            if cute.arch.vote_any_sync(tied):
+                closest = less(closest, words[i] ^ words[i + 1])
+            if cute.arch.vote_any_sync(closest <= Uint32(self.low)):
                 self.rank(words, rKeys, lane, rPlaces)
 
     @cute.jit
