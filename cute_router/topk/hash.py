@@ -23,10 +23,10 @@ Kernel = Callable[..., None]
 BITS = {torch.int32: 32, torch.int64: 64}
 MAX_LOAD = 16  # bytes
 # Gathering reads rows of W from the L2 for each token, where a dense product shares them between
-# tokens; but it is one launch in place of two, and fewer products. Estimated, not yet measured: an
-# H200's L2 at 5.5 TB/s, 2.4 ns for a million dense products, 8 us more for the two launches.
-DENSE_PER_GATHERED = 150
-GATHERED_PER_LAUNCH = 22_000_000
+# tokens; but it is one launch in place of two, and fewer products. On an H200 both take the same
+# time at N = 1,050 for E=256 K=4096 and at 1,150 for E=384 K=7168, k = 6 (docs/perf_log.md).
+DENSE_PER_GATHERED = 87
+GATHERED_PER_LAUNCH = 13_200_000
 
 
 def gathers(N: int, E: int, K: int, k: int, scoring: Scoring) -> bool:

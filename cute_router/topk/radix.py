@@ -15,10 +15,12 @@ from cute_router.gemm.config import ceil_div
 from cute_router.topk.config import dtype_name
 from cute_router.topk.radix_config import SERVERS, RadixConfig, can_implement
 
-WAVE = 132  # CTAs that are to run at once
+# CTAs that run at once, each alone on its SM, by the size of their clusters (H200: 132 SMs, which
+# hold 7 clusters of 16 and 15 of 8).
+WAVES = {1: 132, 2: 128, 4: 128, 8: 120, 16: 112}
 LEAST_SLICE = 1024  # entries that are worth a CTA
 KEPT = 32  # entries that a thread can keep in registers without spilling others
-LONG = 1 << 15  # entries of a row from where finer bins spare passes
+LONG = 1 << 18  # entries of a row from where finer bins spare passes
 
 
 def launch(scores: Tensor, lengths: Tensor | None, values: Tensor, indices: Tensor) -> None:
@@ -93,13 +95,14 @@ def radix_config(
     """
     server = arch.startswith(SERVERS)
     cluster = 1
-    while server and cluster < clusters and 2 * cluster * rows <= WAVE:
-        if length < 2 * cluster * LEAST_SLICE:
+    # The k best of a slice are sent to the others: slices should be longer than that.
+    while server and cluster < clusters and 2 * cluster * rows <= WAVES[2 * cluster]:
+        if length < 2 * cluster * max(LEAST_SLICE, 2 * k):
             break
         cluster *= 2
     share = ceil_div(length, cluster)
-    alone = rows * cluster <= WAVE  # a CTA has its SM to itself
-    threads = 256 if share <= 2048 else 512 if share <= 4096 or not alone else 1024
+    alone = rows * cluster <= WAVES[cluster]  # a CTA has its SM to itself
+    threads = 256 if share <= 2048 else 1024 if alone else 512
     config = RadixConfig(
         dtype,
         arch,
@@ -109,7 +112,7 @@ def radix_config(
         threads,
         cluster,
         capacity=min(max(1 << (2 * k - 1).bit_length(), 1024), 8192),
-        bits=12 if cluster > 1 or length >= LONG else 11,
+        bits=12 if length >= LONG or 8192 <= length < 16 * k else 11,
         unroll=4 if vector else 8,
         blocks=1024 // threads,
         pdl=server,
