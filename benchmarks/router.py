@@ -34,8 +34,7 @@ from problem import (
 from timing import METHOD, environment, graph_us, host_us
 from torch import Tensor
 
-from cute_router import RouterSpec, Routing, dense_decode, reference
-from cute_router.topk import gate
+from cute_router import Routing, activation_topk, dense_decode, reference
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
 OURS, EAGER, COMPILED = "cute_router", "eager", "torch.compile"
@@ -219,14 +218,14 @@ def outputs(problem: Problem) -> tuple[Tensor, Tensor]:
 def cublas_and_own_gate(problem: Problem) -> Call:
     """What `dense_decode` is on other GPUs: `torch.mm` to fp32 logits, then the gate kernel."""
     weights, ids = outputs(problem)
-    E, K = problem.Ws[0].shape
-    spec = RouterSpec(E, K, TOP_K)
-
-    def call(i: int) -> Routing:
-        gate.launch(cublas_logits(problem, i), problem.bias, weights, ids, spec, FACTOR)
-        return Routing(weights, ids)
-
-    return call
+    return lambda i: activation_topk(
+        cublas_logits(problem, i),
+        problem.bias,
+        top_k=TOP_K,
+        routed_scaling_factor=FACTOR,
+        out_weights=weights,
+        out_ids=ids,
+    )
 
 
 def ours(problem: Problem) -> Call:

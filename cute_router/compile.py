@@ -53,6 +53,11 @@ def kernel(config: Any) -> Callable[..., None]:
         with _lock:
             function = _loaded.get(config)
             if function is None:
+                if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+                    raise RuntimeError(
+                        "this call has no kernel yet, and none can be compiled or loaded inside a"
+                        f" CUDA graph capture: make such a call once before it; {config}"
+                    )
                 function = _loaded[config] = _load(object_file(config), symbol(config))
     return function
 

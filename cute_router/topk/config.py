@@ -6,6 +6,7 @@ from typing import Any
 from cute_router.spec import RouterSpec
 
 WARP = 32
+BLOCK = 8  # entries that a lane takes at once
 MAX_ROW = 1024  # entries of a row that a few lanes hold in registers
 MAX_ROW_TOP_K = 32
 
@@ -27,14 +28,32 @@ def dtype_name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def lanes_for(rows: int, length: int) -> int:
-    """Lanes of a warp for each of up to `rows` rows.
+def row_shape(rows: int, length: int) -> tuple[int, int]:
+    """Lanes for each of up to `rows` rows of scores, and warps of a CTA.
 
-    Fewer lanes exchange less; more hide the latency of memory while there are few rows.
+    Fewer lanes exchange less; more hide the latency of memory while there are few rows. (H200,
+    L = 256 and 384: docs/perf_log.md.)
     """
+    lanes = 32 if rows <= 2048 else 8
+    return at_most(lanes, length), 1 if rows <= 16384 else 4
+
+
+def gate_shape(rows: int, length: int) -> tuple[int, int]:
+    """The same for logits, which take more work for each entry."""
     if rows <= 2048:
-        return 32
-    return 8 if length > 128 else 4
+        lanes, warps = 32, 1
+    elif rows <= 16384:
+        lanes, warps = 16, 8
+    else:
+        lanes, warps = 8, 4
+    return at_most(lanes, length), warps
+
+
+def at_most(lanes: int, length: int) -> int:
+    """So many lanes, or fewer where some would have no entry."""
+    while lanes > 4 and lanes * BLOCK >= 2 * length:
+        lanes //= 2
+    return lanes
 
 
 def dependent_launch(arch: str) -> bool:

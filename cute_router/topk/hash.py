@@ -168,7 +168,7 @@ def uniform_kernel(
     check_bool("pdl", pdl)
     hash_spec(HIDDEN_MULTIPLE, k, scoring, renormalize)
     bits = BITS[token_dtype], BITS[table_dtype]
-    return load(HashConfig(k, target_for(device)[1], *bits, vector, pdl))
+    return compiler.kernel(HashConfig(k, target_for(device)[1], *bits, vector, pdl))
 
 
 @lru_cache(maxsize=None, typed=True)
@@ -186,7 +186,7 @@ def gate_kernel(
     check_bool("pdl", pdl)
     spec = hash_spec(K, k, scoring, renormalize)
     bits = BITS[token_dtype], BITS[table_dtype]
-    return load(HashGateConfig(spec, target_for(device)[1], *bits, pdl))
+    return compiler.kernel(HashGateConfig(spec, target_for(device)[1], *bits, pdl))
 
 
 @lru_cache(maxsize=None, typed=True)
@@ -201,14 +201,4 @@ def logits_kernel(
     """The kernel that follows `torch.mm`."""
     spec = hash_spec(HIDDEN_MULTIPLE, k, scoring, renormalize)
     bits = BITS[token_dtype], BITS[table_dtype]
-    return load(HashLogitsConfig(spec, target_for(device)[1], *bits))
-
-
-def load(config: HashConfig | HashGateConfig | HashLogitsConfig) -> Kernel:
-    """The kernel of `config`, compiled at its first use; which a capture cannot wait for."""
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "this hash router has no kernel yet, and none can be compiled or loaded inside a CUDA"
-            f" graph capture: call hash_route once before it; {config}"
-        )
-    return compiler.kernel(config)
+    return compiler.kernel(HashLogitsConfig(spec, target_for(device)[1], *bits))

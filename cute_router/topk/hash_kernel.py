@@ -12,7 +12,7 @@ from typing import Any
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64
+from cutlass import Boolean, Float32, Int32, Int64
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from cute_router.topk.hash_config import HashConfig
@@ -54,27 +54,53 @@ class HashKernel:
         mIds: cute.Tensor,
         share: Float32,
     ):
-        """A thread copies `vector` entries of one token."""
+        """A thread copies `vector` entries of one token.
+
+        It begins with what the token's id may be, before the wait for the kernel ahead. Should that
+        be the id behind the wait, as where ids were written long ago, its entries are already here:
+        one trip to memory less. What the early look saw has no other effect.
+        """
         c = self.cfg
         tid, block = cute.arch.thread_idx()[0], cute.arch.block_idx()[0]
         token = block * c.tokens + tid // c.row_threads
+        column = tid % c.row_threads * c.vector
+        guess = Int64(-1)
+        rIds = cute.make_rmem_tensor(c.vector, Int32)
+        rIds.fill(-1)
         if cutlass.const_expr(c.overlaps):
             cute.arch.griddepcontrol_launch_dependents()
+            if token < cute.size(mTokens):
+                guess = self.token_id(mTokens, token)
+                if self.known(mTable, guess):
+                    at = guess * mTable.stride[0] + column
+                    rIds.store(self.entries(mTable, at).load().to(Int32))
             cute.arch.griddepcontrol_wait()
         if token < cute.size(mTokens):
-            row = mTokens[token].to(Int64)
-            rIds = cute.make_rmem_tensor(c.vector, Int32)
-            rIds.fill(-1)
-            rWeights = cute.make_rmem_tensor(c.vector, Float32)
-            rWeights.fill(0.0)
-            if row >= 0 and row < cute.size(mTable, mode=[0]):
-                at = row * mTable.stride[0] + tid % c.row_threads * c.vector
+            row = self.token_id(mTokens, token)
+            weight = share
+            if not self.known(mTable, row):
+                rIds.fill(-1)
+                weight = Float32(0.0)
+            elif row != guess:
+                at = row * mTable.stride[0] + column
                 rIds.store(self.entries(mTable, at).load().to(Int32))
-                rWeights.fill(share)
+            rWeights = cute.make_rmem_tensor(c.vector, Float32)
+            rWeights.fill(weight)
             # The runs of a CTA's threads follow one another.
             at = Int64(block) * (c.tokens * c.top_k) + tid * c.vector
             self.entries(mIds, at).store(rIds.load())
             self.entries(mWeights, at).store(rWeights.load())
+
+    @cute.jit
+    def token_id(self, mTokens: cute.Tensor, token: Int32) -> Int64:
+        """A token's id as it is now, though another kernel may be writing it."""
+        place = mTokens.iterator + token
+        return cute.arch.load(place, mTokens.element_type, sem="relaxed", scope="gpu").to(Int64)
+
+    @cute.jit
+    def known(self, mTable: cute.Tensor, row: Int64) -> Boolean:
+        """Whether the table has this row."""
+        return row >= 0 and row < cute.size(mTable, mode=[0])
 
     def entries(self, matrix: cute.Tensor, offset: Int64) -> cute.Tensor:
         """`vector` elements of a matrix, at a multiple of as many."""

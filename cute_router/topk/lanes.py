@@ -22,9 +22,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32, Uint32
 
+from cute_router.topk.config import BLOCK
 from cute_router.topk.network import best_half, less, sort
-
-BLOCK = 8  # entries that a lane takes at once
 
 
 class Pick(NamedTuple):

@@ -14,7 +14,7 @@ from cute_router.topk.config import (
     RowsConfig,
     dependent_launch,
     dtype_name,
-    lanes_for,
+    row_shape,
 )
 
 MAX_BUCKET = 1 << 16  # beyond so many rows nothing changes
@@ -83,7 +83,7 @@ def kernel_of(
         dtype_name(index),
         None if lengths is None else dtype_name(lengths),
         vector,
-        lanes_for(bucket, length),
+        *row_shape(bucket, length),
         pdl=dependent_launch(target),
     )
     return compiler.kernel(config)

@@ -8,7 +8,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
 
-from cute_router.topk.lanes import BLOCK, Lanes
+from cute_router.topk.config import BLOCK
+from cute_router.topk.lanes import Lanes
 
 VECTOR_BYTES = 16
 FLIGHT = 4  # blocks of a group

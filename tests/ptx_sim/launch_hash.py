@@ -71,12 +71,20 @@ def simulate(
         grid=(ceil_div(N, tokens_of(config)), 1),
         cluster_size=1,
         shared_bytes=4096,
-        dependent=DEPENDENT if getattr(config, "overlaps", False) else frozenset(),
+        dependent=dependent_on(config),
     ).run()
     return Routing(
         torch.from_numpy(weights.view(np.float32).reshape(N, k)),
         torch.from_numpy(ids.view(np.int32).reshape(N, k)),
     )
+
+
+def dependent_on(config: AnyHashConfig) -> frozenset[str]:
+    """What may not be touched before the wait for the kernel ahead."""
+    if not getattr(config, "overlaps", False):
+        return frozenset()
+    # The uniform kernel looks at token ids early, and again.
+    return DEPENDENT - {"tokens"} if isinstance(config, HashConfig) else DEPENDENT
 
 
 def words_of(t: Tensor) -> np.ndarray:
