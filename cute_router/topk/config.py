@@ -71,7 +71,7 @@ class GateConfig:
     vector: whether rows are whole runs of 16 bytes and start at multiples of them.
     lanes:  of a warp, for each token; 32 unless `by_words`.
     warps:  of a CTA.
-    pdl:    whether the launch may overlap the kernel ahead of it.
+    pdl:    launched under programmatic dependent launch, where the target knows it.
     """
 
     spec: RouterSpec
@@ -86,6 +86,11 @@ class GateConfig:
     def run(self) -> int:
         """Neighbouring logits that a lane copies at once."""
         return run_of(self.dtype)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether the kernel waits for the one ahead and lets the one behind start."""
+        return self.pdl and dependent_launch(self.arch)
 
     @property
     def by_words(self) -> bool:
@@ -106,7 +111,7 @@ class RowsConfig:
     vector:  whether rows are whole runs of 16 bytes and start at multiples of them.
     lanes:   of a warp, for each row.
     warps:   of a CTA.
-    pdl:     whether the launch may overlap the kernel ahead of it.
+    pdl:     launched under programmatic dependent launch, where the target knows it.
     """
 
     length: int
@@ -124,3 +129,8 @@ class RowsConfig:
     def run(self) -> int:
         """Neighbouring scores that a lane copies at once."""
         return run_of(self.dtype)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether the kernel waits for the one ahead and lets the one behind start."""
+        return self.pdl and dependent_launch(self.arch)

@@ -10,7 +10,7 @@ from torch import Tensor
 from cute_router import compile as compiler
 from cute_router.arch import target_for
 from cute_router.spec import HIDDEN_MULTIPLE, RouterSpec
-from cute_router.topk.config import GateConfig, dependent_launch, dtype_name, gate_shape
+from cute_router.topk.config import GateConfig, dtype_name, gate_shape
 from cute_router.topk.rows import MAX_BUCKET, row_bucket, rows_are_vectors, unit_rows
 
 
@@ -47,7 +47,7 @@ def kernel_of(
         target,
         dtype_name(dtype),
         vector,
-        pdl=pdl and dependent_launch(target),
+        pdl=pdl,
     )
     if config.by_words:
         lanes, warps = gate_shape(bucket, spec.num_experts)

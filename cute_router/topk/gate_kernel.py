@@ -51,7 +51,7 @@ class GateKernel:
             grid=[cute.ceil_div(cute.size(mLogits, mode=[0]), c.warps * self.tokens), 1, 1],
             block=[WARP * c.warps, 1, 1],
             stream=stream,
-            use_pdl=c.pdl,
+            use_pdl=c.overlaps,
         )
 
     @cute.kernel
@@ -69,7 +69,7 @@ class GateKernel:
         first = (cute.arch.block_idx()[0] * c.warps + warp) * self.tokens
         smem = SmemAllocator()
         sBias = self.load_bias(smem, mBias) if cutlass.const_expr(mBias is not None) else None
-        if cutlass.const_expr(c.pdl):
+        if cutlass.const_expr(c.overlaps):
             cute.arch.griddepcontrol_launch_dependents()
             cute.arch.griddepcontrol_wait()
         if cutlass.const_expr(c.by_words):

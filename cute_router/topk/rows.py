@@ -12,7 +12,6 @@ from cute_router.topk.config import (
     MAX_ROW,
     MAX_ROW_TOP_K,
     RowsConfig,
-    dependent_launch,
     dtype_name,
     row_shape,
 )
@@ -84,6 +83,5 @@ def kernel_of(
         None if lengths is None else dtype_name(lengths),
         vector,
         *row_shape(bucket, length),
-        pdl=dependent_launch(target),
     )
     return compiler.kernel(config)

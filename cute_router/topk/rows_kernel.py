@@ -47,7 +47,7 @@ class RowsKernel:
             grid=[cute.ceil_div(cute.size(mValues, mode=[0]), warps * self.rows), 1, 1],
             block=[WARP * warps, 1, 1],
             stream=stream,
-            use_pdl=self.cfg.pdl,
+            use_pdl=self.cfg.overlaps,
         )
 
     @cute.kernel
@@ -68,7 +68,7 @@ class RowsKernel:
         layout = cute.make_layout((lay.room, self.rows, c.warps))
         sRows = SmemAllocator().allocate_tensor(mScores.element_type, layout, 16)[None, None, warp]
         sRow = sRows[None, row - first]
-        if cutlass.const_expr(c.pdl):
+        if cutlass.const_expr(c.overlaps):
             cute.arch.griddepcontrol_launch_dependents()
             cute.arch.griddepcontrol_wait()
 
