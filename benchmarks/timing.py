@@ -85,8 +85,8 @@ def host_us(call: Callable[[], object]) -> float:
 def environment(commit: str | None = None) -> dict[str, str | bool | None]:
     """Where and on what the numbers were measured.
 
-    `commit` names the source where the files are not in a git checkout; there is then no telling
-    whether they were changed, and `dirty` is None.
+    `commit` names the source where git does not know it, as in a copy of the tree; there is then no
+    telling whether the files were changed, and `dirty` is None.
     """
     versions = {name.replace("-", "_"): version(name) for name in PACKAGES}
     head, status = git("rev-parse", "HEAD"), git("status", "--porcelain")
@@ -98,8 +98,8 @@ def environment(commit: str | None = None) -> dict[str, str | bool | None]:
         "python": platform.python_version(),
         **versions,
         "cute_router": cute_router.__version__,
-        "commit": head or commit,
-        "dirty": None if head is None else bool(status),
+        "commit": commit or head,
+        "dirty": None if commit or head is None else bool(status),
         "date": datetime.date.today().isoformat(),
     }
 

@@ -67,7 +67,7 @@ def compare(path: Path, record: Path | None) -> bool:
                 continue
             rows.append(row)
             print(f"{name:48} {'agree' if row.holds else 'DIFFER':6} | {row}")
-    if ours["commit"] == "unknown":  # a copy of the tree, without git
+    if ours["kernels"] == theirs["kernels"]:  # git may know less of a copy of the tree
         ours["commit"] = theirs["commit"]
     if record:
         calibration.save(record, ours, found)
