@@ -47,18 +47,15 @@ def row_bucket(rows: int) -> int:
 
 
 def unit_rows(t: Tensor) -> Tensor:
-    """`t` with a unit stride in its rows also where they are of one entry, whose stride is free."""
-    return t.as_strided(t.shape, (t.stride(0), 1)) if t.shape[1] == 1 else t
+    """`t` with the strides of a matrix also in dimensions of size 1, whose stride is free."""
+    rows, length = t.shape
+    return t.as_strided(t.shape, (length if rows == 1 else t.stride(0), 1))
 
 
 def rows_are_vectors(t: Tensor) -> bool:
     """Whether all rows of a matrix are whole runs of 16 bytes, and start at multiples of them."""
     unit, item = 16, t.element_size()
-    return (
-        t.shape[1] * item % unit == 0
-        and t.data_ptr() % unit == 0
-        and (t.shape[0] == 1 or t.stride(0) * item % unit == 0)
-    )
+    return (t.shape[1] * item | t.stride(0) * item | t.data_ptr()) % unit == 0
 
 
 @cache
