@@ -19,8 +19,8 @@ from cute_router import RouterSpec
 from cute_router import compile as compiler
 from cute_router.gemm.config import MAX_SMEM, DecodeConfig, can_implement
 from cute_router.heuristics import decode_config, resident
-from cute_router.topk.config import GateConfig, RadixConfig
 from cute_router.topk.radix import radix_config
+from cute_router.topk.radix_config import RadixConfig
 from cute_router.topk.radix_config import can_implement as can_implement_radix
 
 ARCHES = ("sm_90a", "sm_100a", "sm_100f")
@@ -62,15 +62,6 @@ def special(arch: str) -> dict[DecodeConfig, str]:
 
 
 DECODE = chosen() | special("sm_90a") | special("sm_100a") | special("sm_100f")
-GATE = {
-    GateConfig(spec, arch): f"{arch}-gate-{name}"
-    for arch in ("sm_80", "sm_90a", "sm_100a")
-    for name, spec in {
-        "E256": FLASH,
-        "softmax-groups": RouterSpec(256, 64, 8, "softmax", n_group=8, topk_group=4),
-        "E1024-k32": RouterSpec(1024, 64, 32),
-    }.items()
-}
 # (rows, L, k, options): every cluster, number of threads and capacity, kept in registers and not.
 LONG_ROWS = [
     (1, 8192, 512, {}),
@@ -184,17 +175,17 @@ def test_the_kernel_waits_for_the_one_ahead_and_lets_the_next_start(build):
     assert "griddepcontrol.launch_dependents" in build.ptx
 
 
-@over(DECODE | GATE | RADIX)
+@over(DECODE | RADIX)
 def test_the_code_is_for_the_target_that_was_named(build):
     assert re.search(rf"^\.target {build.config.arch}\b", build.ptx, re.M)
 
 
-@over(DECODE | GATE | RADIX)
+@over(DECODE | RADIX)
 def test_nothing_is_spilled_or_kept_in_local_memory(build):
     assert not uses_local_memory(build)
 
 
-@over(DECODE | GATE | RADIX)
+@over(DECODE | RADIX)
 def test_static_synchronisation_analysis_has_no_warning(build):
     assert build.warnings == []
 

@@ -171,6 +171,22 @@ ARITHMETIC = {
     "shfl.sync.idx.b32 %r9, %r1, 7, 31, -1": lambda i: 7,
     "redux.sync.max.u32 %r9, %r1, -1": lambda i: 31,
     "elect.sync %r9|%p1, -1": lambda i: 0,
+    "lop3.b32 %r9, %r1, 12, 3, 0xBA": lambda i: i & ~12 | 3,
+    "popc.b32 %r9, %r1": int.bit_count,
+    "mov.b32 {%rs1, %rs2}, %r1; mov.b32 %r9, {%rs2, %rs1}": lambda i: i << 16,
+    "setp.lt.u32 %p1, %r1, 5; vote.sync.ballot.b32 %r9, %p1, -1": lambda i: 31,
+    "setp.eq.b32 %p1, %r1, 9; vote.sync.any.pred %p2, %p1, -1; selp.b32 %r9, 1, 2, %p2": lambda i: (
+        1
+    ),
+    "cvt.u16.u32 %rs1, %r1; st.global.b16 [%rd1+2], %rs1; ld.global.b32 %r9, [%rd1]": lambda i: (
+        i << 16
+    ),
+    "st.shared.b32 [%r2], 131077; ld.shared.b16 %rs1, [%r2+2]; cvt.u32.u16 %r9, %rs1": lambda i: 2,
+    "st.global.b32 [%rd1], %r1; ld.global.b32 %rd5, [%rd1]; mov.b64 {%r8, %r9}, %rd5": lambda i: 0,
+    "mov.b32 %r8, 0fFFC00001; add.f32 %r9, %r8, 0f00000000": lambda i: 0x7FFFFFFF,
+    "mov.b32 %r8, 0fFFC00001; mov.f32 %r9, %r8": lambda i: 0xFFC00001,
+    "mov.b16 %rs1, 0x4000; mov.b16 %rs2, 0xC000; setp.lt.f16 %p1, %rs2, %rs1;"
+    " setp.num.bf16 %p2, %rs1, %rs2; and.pred %p3, %p1, %p2; selp.b32 %r9, 1, 0, %p3": lambda i: 1,
 }
 
 
@@ -187,6 +203,8 @@ FLOATS = {
     "ex2.approx.ftz.f32 %r9, %r8": torch.exp2,
     "sqrt.approx.ftz.f32 %r9, %r8": torch.sqrt,
     "rcp.approx.ftz.f32 %r9, %r8": torch.reciprocal,
+    "mov.b16 %rs1, 0x4200; cvt.f32.f16 %r9, %rs1": lambda a: torch.full_like(a, 3),
+    "mov.b16 %rs1, 0x4040; cvt.f32.bf16 %r9, %rs1": lambda a: torch.full_like(a, 3),
 }
 
 
@@ -232,6 +250,26 @@ def test_a_missing_barrier_shows():
     assert run(EXCHANGE.format(barrier=""), 64).tolist() != [i ^ 32 for i in range(64)]
 
 
+# Odd lanes copy four words, of which one is their number; even ones copy nothing from nowhere.
+COPY = """
+  st.global.b32 [%rd1], %r1; and.b32 %r5, %r1, 1; setp.eq.b32 %p1, %r5, 1;
+  and.b64 %rd3, %rd1, -16; selp.b64 %rd3, %rd3, 16, %p1; selp.b32 %r5, 16, 0, %p1;
+  shl.b32 %r4, %r1, 4; add.s32 %r4, %r4, %r2;
+  cp.async.cg.shared.global [%r4], [%rd3], 16, %r5; cp.async.commit_group;
+  cp.async.wait_group {pending}; and.b32 %r6, %r1, 3; shl.b32 %r6, %r6, 2; add.s32 %r6, %r6, %r4;
+  ld.shared.b32 %r9, [%r6]; cp.async.wait_group 0;"""
+
+
+@pytest.mark.parametrize("policy", ["eager", "lazy", "random1"])
+def test_copies_have_landed_when_they_were_waited_for(policy):
+    out = run(COPY.format(pending=0), policy=policy)
+    assert out.tolist() == [i if i % 2 else 0 for i in range(32)]
+
+
+def test_lazy_copies_land_no_earlier():
+    assert (run(COPY.format(pending=1), policy="lazy") == 0xFFFFFFFF).all()
+
+
 def test_a_deadlock_names_the_barrier():
     body = """
       setp.ne.b32 %p1, %r1, 0; @%p1 bra GO; mbarrier.init.shared.b64 [%r2], 2;
@@ -246,3 +284,13 @@ def test_an_access_out_of_bounds_names_the_memory():
         run("ld.shared.b32 %r9, [%r2+4096];")
     with pytest.raises(OutOfBounds, match="out"):
         run("ld.global.b32 %r9, [%rd1+4];")
+
+
+def test_an_array_may_end_within_a_word():
+    memory, one = GlobalMemory(), np.arange(32) == 0
+    address = np.full(32, memory.add("odd", np.zeros(1, np.uint32), 2), np.uint64)
+    memory.array(address, one).load_half(address, one)
+    with pytest.raises(OutOfBounds, match="2 bytes at offsets 0x0 to 0x2 of 2"):
+        memory.array(address, one).load_half(address + np.uint64(2), one)
+    with pytest.raises(OutOfBounds, match="4 bytes"):
+        memory.array(address, one).load(address, one, 1)

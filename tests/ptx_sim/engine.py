@@ -34,6 +34,12 @@ class Engine:
         else:
             self.queues.setdefault(queue, deque()).append(operation)
 
+    def finish(self, operation: Callable[[], None]) -> None:
+        """Let an operation of no queue happen now, unless it has."""
+        if operation in self.free:
+            self.free.remove(operation)
+            operation()
+
     @property
     def busy(self) -> bool:
         return bool(self.free or self.queues)

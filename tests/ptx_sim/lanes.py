@@ -20,10 +20,6 @@ DTYPES = {
     "i8": np.dtype(np.int64),
 }
 # A 16-bit float's bits as fp32, which is exact.
-SINGLE = {
-    "f16": "{}.view(np.float16).astype(np.float32)",
-    "bf16": "({}.astype(np.uint32) << np.uint32(16)).view(np.float32)",
-}
 
 
 def register_type(name: str) -> str:
@@ -69,6 +65,31 @@ def sqrt(a: np.ndarray) -> np.ndarray:
     return flush(np.sqrt(flush(a)))
 
 
+def canonical(a: np.ndarray) -> np.ndarray:
+    """A new array, in which every NaN becomes the one that fp32 arithmetic results in."""
+    a.view(np.uint32)[a != a] = 0x7FFFFFFF
+    return a
+
+
+def f16(bits: np.ndarray) -> np.ndarray:
+    """The fp16 numbers of these bits, in fp32."""
+    return bits.view(np.float16).astype(np.float32)
+
+
+def bf16(bits: np.ndarray) -> np.ndarray:
+    """The bf16 numbers of these bits, in fp32."""
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def lop3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: int) -> np.ndarray:
+    """The bitwise function whose value for bits a, b, c is bit 4a + 2b + c of the table."""
+    found = np.zeros_like(a)
+    for i in range(8):
+        if table >> i & 1:
+            found |= (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
+    return found
+
+
 def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     """fma.rn.f32: the product is exact in fp64 (its sum rounds twice, which ties may show)."""
     return (a.astype(np.float64) * b + c).astype(np.float32)
@@ -93,5 +114,6 @@ def halves(value: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 def pair(low: np.ndarray, upper: np.ndarray) -> np.ndarray:
-    """mov.b64 d, {low, upper}"""
-    return low.astype(np.uint64) | (upper.astype(np.uint64) << np.uint64(32))
+    """mov d, {low, upper} of a register twice as wide"""
+    wide = np.dtype(f"u{2 * low.itemsize}").type
+    return low.astype(wide) | (upper.astype(wide) << wide(8 * low.itemsize))

@@ -91,10 +91,28 @@ def tensor_param(
     words: np.ndarray,
     sizes: tuple[int, ...] = (),
     strides: tuple[int, ...] = (),
+    *,
+    size: int | None = None,
 ) -> bytes:
-    """A kernel's parameter for a tensor: its address, then what of it run time alone knows."""
-    head = struct.pack(f"<Q{len(sizes)}i", memory.add(name, words), *sizes)
+    """A kernel's parameter for a tensor: its address, then what of it run time alone knows.
+
+    Its memory are the words, or only the first `size` bytes of them.
+    """
+    head = struct.pack(f"<Q{len(sizes)}i", memory.add(name, words, size), *sizes)
     return head.ljust(-(-len(head) // 8) * 8, b"\xff") + struct.pack(f"<{len(strides)}q", *strides)
+
+
+def matrix_param(memory: GlobalMemory, name: str, rows: Tensor) -> bytes:
+    """A copy of a matrix whose rows may be apart; what is between them the kernel could see."""
+    (R, L), stride = rows.shape, rows.stride(0)
+    flat = rows.as_strided(((R - 1) * stride + L,), (1,))  # no padding behind the last row
+    return tensor_param(memory, name, words_of(flat), (R,), (stride,), size=flat.nbytes)
+
+
+def words_of(t: Tensor) -> np.ndarray:
+    """The bits of a dense tensor, as 32-bit words."""
+    bits = t.contiguous().view(-1).view(torch.uint8).numpy().copy()
+    return np.pad(bits, (0, -bits.size % 4)).view(np.uint32)
 
 
 def check_scratch(scratch: np.ndarray) -> None:

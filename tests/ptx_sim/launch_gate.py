@@ -8,14 +8,14 @@ from torch import Tensor
 
 from cute_router import Routing
 from cute_router.gemm.config import ceil_div
-from cute_router.topk.config import GateConfig
+from cute_router.topk.config import WARP, GateConfig
+from cute_router.topk.lanes import Lanes
 from ptx_sim.engine import policy_of
-from ptx_sim.launch import EMPTY, ptx_of, tensor_param
+from ptx_sim.launch import EMPTY, matrix_param, ptx_of, tensor_param, words_of
 from ptx_sim.machine import Machine
 from ptx_sim.memory import GlobalMemory
 from ptx_sim.program import load
 
-SHARED_BYTES = 48 << 10  # what every launch can have; how much this one asks for is not known here
 DEPENDENT = frozenset(("logits", "weights", "ids"))  # of the kernel ahead, or like its
 
 
@@ -32,29 +32,25 @@ def simulate_gate(
 
     Rows of logits may be apart; what is between them is given to the kernel, as on a GPU.
     """
-    (N, E), k = logits.shape, config.spec.top_k
-    ptx = ptx or ptx_of(config)
+    N, k = logits.shape[0], config.spec.top_k
     memory = GlobalMemory()
     weights = np.full(N * k, EMPTY, np.uint32)
     ids = weights.copy()
-    stride = logits.stride(0)
-    flat = logits.as_strided(((N - 1) * stride + E,), (1,))  # no padding behind the last row
-    params = [tensor_param(memory, "logits", words_of(flat), (N,), (stride,))]
+    params = [matrix_param(memory, "logits", logits)]
     if bias is not None:
         params.append(tensor_param(memory, "bias", words_of(bias)))
     params.append(tensor_param(memory, "weights", weights, (N,)))
     params.append(tensor_param(memory, "ids", ids, (N,)))
     params.append(struct.pack("<f", factor))
     Machine(
-        load(ptx),
+        load(ptx or ptx_of(config)),
         params,
         memory,
         policy_of(policy),
-        grid=(ceil_div(N, config.warps), 1),
+        grid=(ceil_div(N, config.warps * (WARP // config.lanes)), 1),
         cluster_size=1,
-        shared_bytes=SHARED_BYTES,
-        # One that never waits for the kernel ahead is launched behind its end.
-        dependent=DEPENDENT if "griddepcontrol.wait" in ptx else frozenset(),
+        shared_bytes=shared_bytes(config),
+        dependent=DEPENDENT if config.pdl else frozenset(),
     ).run()
     return Routing(
         torch.from_numpy(weights.view(np.float32).reshape(N, k)),
@@ -62,6 +58,11 @@ def simulate_gate(
     )
 
 
-def words_of(vector: Tensor) -> np.ndarray:
-    """A copy of the bits of fp32 values."""
-    return vector.numpy().view(np.uint32).copy()
+def shared_bytes(config: GateConfig) -> int:
+    """What the kernel allocates: the bias, then its warps' logits, or their experts' keys."""
+    c, E = config, config.spec.num_experts
+    room = Lanes(E, c.spec.top_k, c.lanes, c.run, exact=False).room
+    bias = 4 * room if c.spec.has_bias else 0
+    keys = 4 * ceil_div(E, WARP) * WARP
+    of_warp = room * (WARP // c.lanes) * (16 // c.run) if c.by_words else keys
+    return bias + c.warps * of_warp

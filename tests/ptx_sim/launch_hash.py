@@ -10,7 +10,7 @@ from cute_router import Routing
 from cute_router.gemm.config import ceil_div
 from cute_router.topk.hash_config import HashConfig, HashGateConfig, HashLogitsConfig
 from ptx_sim.engine import policy_of
-from ptx_sim.launch import ptx_of
+from ptx_sim.launch import ptx_of, words_of
 from ptx_sim.machine import Machine
 from ptx_sim.memory import GlobalMemory
 from ptx_sim.program import load
@@ -85,12 +85,6 @@ def dependent_on(config: AnyHashConfig) -> frozenset[str]:
         return frozenset()
     # The uniform kernel looks at token ids early, and again.
     return DEPENDENT - {"tokens"} if isinstance(config, HashConfig) else DEPENDENT
-
-
-def words_of(t: Tensor) -> np.ndarray:
-    """The bits of a dense tensor, as 32-bit words."""
-    bits = t.contiguous().view(-1).view(torch.uint8).numpy().copy()
-    return np.pad(bits, (0, -bits.size % 4)).view(np.uint32)
 
 
 def tokens_of(config: AnyHashConfig) -> int:

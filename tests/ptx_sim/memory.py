@@ -19,31 +19,47 @@ POISON = 0xFF  # four of these bytes are a NaN
 
 
 class Region:
-    """Words from address `base` on; loads and stores by lanes."""
+    """Words from address `base` on, `size` bytes if not all; loads and stores by lanes."""
 
-    def __init__(self, name: str, base: int, words: np.ndarray):
+    def __init__(self, name: str, base: int, words: np.ndarray, size: int | None = None):
         self.name = name
         self.base = base
         self.words = words
+        self.halves = words.view(np.uint16)
+        self.size = words.nbytes if size is None else size
 
-    def index(self, addresses: np.ndarray, m: np.ndarray, n: int) -> np.ndarray:
-        """The first of n words at each address; those of inactive lanes count for nothing."""
+    def offsets(self, addresses: np.ndarray, m: np.ndarray, n: int) -> np.ndarray:
+        """Where the n bytes at each address are; those of inactive lanes count for nothing."""
         kind = addresses.dtype.type
         offsets = addresses - kind(self.base)
         if not m.all():
             offsets = np.where(m, offsets, kind(0))
-        size = 4 * self.words.size
-        if ((offsets & kind(4 * n - 1)) | (offsets > kind(size - 4 * n))).any():
+        if ((offsets & kind(n - 1)) | (offsets > self.size - n)).any():
             raise OutOfBounds(
-                f"{self.name}: {4 * n} bytes at offsets {offsets.min():#x} to {offsets.max():#x}"
-                f" of {size}: outside, or misaligned"
+                f"{self.name}: {n} bytes at offsets {offsets.min():#x} to {offsets.max():#x}"
+                f" of {self.size}: outside, or misaligned"
             )
-        return offsets >> kind(2)
+        return offsets
+
+    def index(self, addresses: np.ndarray, m: np.ndarray, n: int) -> np.ndarray:
+        """The first of n words at each address."""
+        offsets = self.offsets(addresses, m, 4 * n)
+        return offsets >> offsets.dtype.type(2)
 
     def load(self, addresses: np.ndarray, m: np.ndarray, n: int) -> tuple[np.ndarray, ...]:
         """n words for each active lane."""
         index = self.index(addresses, m, n)
         return tuple(self.words[index + index.dtype.type(i)] for i in range(n))
+
+    def load_half(self, addresses: np.ndarray, m: np.ndarray) -> np.ndarray:
+        """Two bytes for each active lane."""
+        return self.halves[self.offsets(addresses, m, 2) >> addresses.dtype.type(1)]
+
+    def store_half(self, addresses: np.ndarray, m: np.ndarray, value: np.ndarray) -> np.ndarray:
+        """Two bytes of each active lane; returns the word of each lane."""
+        offsets = self.offsets(addresses, m, 2)
+        self.halves[offsets[m] >> offsets.dtype.type(1)] = value[m]
+        return offsets >> offsets.dtype.type(2)
 
     def store(
         self, addresses: np.ndarray, m: np.ndarray, values: tuple[np.ndarray, ...]
@@ -62,22 +78,6 @@ class Region:
                 self.words[at[m]] = value[m]
         return index
 
-    def half(self, addresses: np.ndarray, m: np.ndarray) -> np.ndarray:
-        """The 16-bit word at each address."""
-        kind = addresses.dtype.type
-        if (addresses[m] & kind(1)).any():
-            raise OutOfBounds(f"{self.name}: misaligned")
-        word = self.index(addresses & ~kind(3), m, 1)
-        return (word << kind(1)) | (addresses >> kind(1) & kind(1))
-
-    def load_half(self, addresses: np.ndarray, m: np.ndarray) -> np.ndarray:
-        """16 bits for each active lane."""
-        return self.words.view(np.uint16)[self.half(addresses, m)]
-
-    def store_half(self, addresses: np.ndarray, m: np.ndarray, value: np.ndarray) -> None:
-        """16 bits of each active lane."""
-        self.words.view(np.uint16)[self.half(addresses, m)[m]] = value[m]
-
 
 class Shared(Region):
     """The shared memory of a CTA, poisoned."""
@@ -85,7 +85,6 @@ class Shared(Region):
     def __init__(self, rank: int, size: int):
         words = np.full(-(-size // 16) * 16, POISON, np.uint8).view(np.uint32)
         super().__init__(f"shared memory of CTA {rank}", (rank << WINDOW) + SHARED_BASE, words)
-        self.halves = words.view(np.uint16)
         self.proxies = Proxies(self.name, words.size)
 
     def store_generic(
@@ -116,8 +115,8 @@ class Shared(Region):
 class GlobalArray(Region):
     """A global array. Polls that wait for a packet of 16 bytes are woken when it is stored."""
 
-    def __init__(self, name: str, number: int, words: np.ndarray):
-        super().__init__(name, number << ARRAY, words)
+    def __init__(self, name: str, number: int, words: np.ndarray, size: int | None):
+        super().__init__(name, number << ARRAY, words, size)
         self.versions = np.zeros(words.size // 4 + 1, np.int64)
         self.polls: dict[int, list[Poll]] = defaultdict(list)
 
@@ -165,10 +164,10 @@ class GlobalMemory:
     def __init__(self) -> None:
         self.arrays: dict[int, GlobalArray] = {}
 
-    def add(self, name: str, words: np.ndarray) -> int:
-        """Make an array reachable; its address."""
+    def add(self, name: str, words: np.ndarray, size: int | None = None) -> int:
+        """Make an array reachable, or only its first `size` bytes; its address."""
         number = len(self.arrays) + 1
-        self.arrays[number] = GlobalArray(name, number, words)
+        self.arrays[number] = GlobalArray(name, number, words, size)
         return number << ARRAY
 
     def array(self, addresses: np.ndarray, m: np.ndarray) -> GlobalArray:

@@ -26,7 +26,7 @@ EFFECTS = {
     "elect.sync": ("elect", 2),
     "shfl.sync": ("shuffle", 1),
     "redux.sync": ("reduce", 1),
-    "vote.sync.any.pred": ("any", 1),
+    "vote.sync": ("vote", 1),
     "bar.warp.sync": ("converge", 0),
     "bar.arrive": ("bar_arrive", 0),
     "barrier.cluster.arrive": ("cluster_arrive", 0),
@@ -34,6 +34,9 @@ EFFECTS = {
     "mbarrier.arrive.shared": ("barrier_arrive", 1),
     "mbarrier.arrive.expect_tx.shared": ("barrier_expect", 1),
     "cp.async.bulk.tensor.2d.shared::c": ("load_tensor", 0),
+    "cp.async.cg.shared.global": ("copy_async", 0),
+    "cp.async.commit_group": ("copy_commit", 0),
+    "cp.async.wait_group": ("copy_wait", 0),
     "st.async": ("store_async", 0),
     "griddepcontrol.wait": ("grid_wait", 0),
     "griddepcontrol.launch_dependents": ("nothing", 0),
@@ -83,19 +86,20 @@ COMPARE_FLOAT = {**COMPARE, "ne": "({0} < {1}) | ({0} > {1})"}
 # Integers: the same for signed and unsigned.
 INTEGER = {"add": "+", "sub": "-", "and": "&", "or": "|", "xor": "^", "mul": "*"}
 FLOAT = {
-    "add": "{} + {}",
-    "sub": "{} - {}",
-    "mul": "{} * {}",
-    "div": "{} / {}",
-    "min": "np.fmin({}, {})",
-    "max": "np.fmax({}, {})",
+    "add": "lanes.canonical({} + {})",
+    "sub": "lanes.canonical({} - {})",
+    "mul": "lanes.canonical({} * {})",
+    "div": "lanes.canonical({} / {})",
+    "min": "lanes.canonical(np.fmin({}, {}))",
+    "max": "lanes.canonical(np.fmax({}, {}))",
     "neg": "-{}",
     "abs": "np.abs({})",
-    "fma": "lanes.fma({}, {}, {})",
-    "ex2": "lanes.ex2({})",
-    "rcp": "lanes.rcp({})",
-    "sqrt": "lanes.sqrt({})",
+    "fma": "lanes.canonical(lanes.fma({}, {}, {}))",
+    "ex2": "lanes.canonical(lanes.ex2({}))",
+    "rcp": "lanes.canonical(lanes.rcp({}))",
+    "sqrt": "lanes.canonical(lanes.sqrt({}))",
 }
+HALVES = ("f16", "bf16")
 
 
 def effect(opcode: str) -> tuple[str, int] | None:
@@ -250,12 +254,15 @@ class Emitter:
                 place = f"'{address.base.name}', {address.offset + i * size}, {size}"
                 self.put(name, f"u{size}", f"w.load_param({place})")
             return
-        if isinstance(instruction.operands[0], Vector):  # mov.b64 or mov.b32 to two halves
+        if instruction.parts[0] == "mov" and isinstance(instruction.operands[0], Vector):
             low, high = instruction.operands[0].items
-            of, to, bits = {"b64": ("u8", "u4", 32), "b32": ("u4", "u2", 16)}[instruction.parts[1]]
-            whole = self.value(instruction.operands[1], of)
-            self.put(low.name, to, f"{whole}.astype('{to}')")
-            self.put(high.name, to, f"({whole} >> {self.constant(bits, of)}).astype('{to}')")
+            size = int(instruction.parts[-1][1:]) // 8
+            whole, half = f"u{size}", f"u{size // 2}"
+            value = self.value(instruction.operands[1], whole)
+            self.put(low.name, half, f"{value}.astype('{half}')")
+            self.put(
+                high.name, half, f"({value} >> {self.constant(4 * size, whole)}).astype('{half}')"
+            )
             return
         kind, expression = self.arithmetic(instruction)
         target = instruction.operands[0].name
@@ -269,21 +276,22 @@ class Emitter:
         parts, inputs = instruction.parts, instruction.operands[1:]
         name, last = parts[0], parts[-1]
         if name == "mov" and isinstance(inputs[0], Vector):
-            low, high = (self.value(item, "u4") for item in inputs[0].items)
-            return "u8", f"lanes.pair({low}, {high})"
+            size = int(last[1:]) // 8
+            low, high = (self.value(item, f"u{size // 2}") for item in inputs[0].items)
+            return f"u{size}", f"lanes.pair({low}, {high})"
         if name == "cvt":
             return self.convert(parts, inputs[0])
-        if parts[:2] == ["setp", "num"] and last in ("f16", "bf16"):
-            singles = [lanes.SINGLE[last].format(self.value(item, "u2")) for item in inputs]
-            return "p", COMPARE["num"].format(*singles)
         if last == "pred":
             values = [self.value(item, "p") for item in inputs]
             form = {"mov": "{}", "not": "~{}", "and": "{} & {}", "or": "{} | {}", "xor": "{} ^ {}"}
             return "p", form[name].format(*values)
+        if name == "setp" and len(parts) != 3:
+            raise Unsupported(instruction.opcode)
+        if name == "setp" and last in HALVES:
+            values = [f"lanes.{last}({self.value(item, 'u2')})" for item in inputs]
+            return "p", COMPARE_FLOAT[parts[1]].format(*values)
         kind = {"b": "u", "u": "u", "s": "i", "f": "f"}[last[0]] + str(int(last[1:]) // 8)
         if name == "setp":
-            if len(parts) != 3:
-                raise Unsupported(instruction.opcode)
             form = (COMPARE_FLOAT if kind[0] == "f" else COMPARE)[parts[1]]
             return "p", form.format(*(self.value(item, kind) for item in inputs))
         if name == "selp":
@@ -312,6 +320,9 @@ class Emitter:
         if name == "mad":
             a, b, c = (self.value(item, kind) for item in inputs)
             return kind, f"{a} * {b} + {c}"
+        if name == "lop3":
+            a, b, c = (self.value(item, kind) for item in inputs[:3])
+            return kind, f"lanes.lop3({a}, {b}, {c}, {inputs[3].value})"
         if name in ("shl", "shr"):
             count = self.value(inputs[1], "u4")
             count = count if kind == "u4" else f"{count}.astype('{kind}')"
@@ -323,6 +334,7 @@ class Emitter:
         values = [self.value(item, kind) for item in inputs]
         forms = {"min": "np.minimum({}, {})", "max": "np.maximum({}, {})", "neg": "-{}"}
         forms |= {"not": "~{}", "abs": "np.abs({})", "clz": "lanes.leading_zeros({})"}
+        forms["popc"] = "np.bitwise_count({}).astype('u4')"
         if name == "max" and parts[1] == "relu":
             return kind, f"np.maximum({forms['max'].format(*values)}, 0)"
         if name not in forms:
@@ -330,9 +342,9 @@ class Emitter:
         return kind, forms[name].format(*values)
 
     def convert(self, parts: list[str], source: Operand) -> tuple[str, str]:
-        """cvt between integers, from integers to fp32, and from 16-bit floats to fp32."""
-        if parts[-2] == "f32" and parts[-1] in ("f16", "bf16"):
-            return "f4", lanes.SINGLE[parts[-1]].format(self.value(source, "u2"))
+        """cvt between integers, and to fp32."""
+        if parts[-2] == "f32" and parts[-1] in HALVES:
+            return "f4", f"lanes.{parts[-1]}({self.value(source, 'u2')})"
         to, of = (p[0].replace("s", "i") + str(int(p[1:]) // 8) for p in parts[-2:])
         if "f" in of or (to[0] == "f" and parts[1] != "rn"):
             raise Unsupported(".".join(parts))
@@ -376,7 +388,10 @@ class Emitter:
             raise Unsupported(f"@ {instruction.opcode}")
         results = self.local(call)
         for i, target in enumerate(targets):
-            self.put(target, lanes.register_type(target), f"{results}[{i}]")
+            kind = lanes.register_type(target)
+            # A register may be wider than what is loaded.
+            widened = f".astype('{kind}')" if kind == "u8" else ""
+            self.put(target, kind, f"{results}[{i}]{widened}")
 
     def gate(self, method: str, instruction: Instruction) -> str:
         """The call that ends a block whose last instruction may have to wait."""

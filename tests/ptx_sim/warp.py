@@ -41,6 +41,7 @@ class Warp:
         self.cluster_generation: int | None = None
         self.last_poll: tuple | None = None
         self.wgmmas: deque[list] = deque([[]])  # groups, the open one last
+        self.copies: deque[list] = deque([[]])  # the same of cp.async
         # What formally needs a fence, though nothing goes wrong here without.
         self.inits_fenced = True
         self.tmem_fenced_before = self.tmem_fenced_after = True
@@ -187,9 +188,14 @@ class Warp:
         typed = a.view(np.int32) if kind == "s32" else a
         return (lanes.constant(int(function(typed)), "u4"),)
 
-    def any(self, line: int, m: Lanes, opcode: str, a: Lanes, _mask: Lanes) -> tuple:
+    def vote(self, line: int, m: Lanes, opcode: str, predicate: Lanes, _mask: Lanes) -> tuple:
         self.whole(line, m, opcode)
-        return (np.full(lanes.WARP, bool(a.any())),)
+        if opcode == "vote.sync.any.pred":
+            return (np.full(lanes.WARP, predicate.any()),)
+        if opcode == "vote.sync.ballot.b32":
+            bits = np.packbits(predicate, bitorder="little").view(np.uint32)
+            return (lanes.constant(int(bits[0]), "u4"),)
+        raise Unsupported(opcode)
 
     # --- loads and stores -----------------------------------------------------------------------
 
@@ -325,6 +331,44 @@ class Warp:
 
     def grid_wait(self, line: int, m: Lanes, opcode: str) -> tuple:
         self.grid_waited = True
+        return ()
+
+    # --- cp.async -------------------------------------------------------------------------------
+
+    def copy_async(self, line: int, m: Lanes, opcode: str, to, source, whole, size) -> tuple:
+        """16 bytes of each lane, or as many zeros."""
+        self.line = line
+        if (whole[m] != 16).any() or ((size[m] != 16) & (size[m] != 0)).any():
+            raise Unsupported(f"{opcode} of neither 16 bytes nor none")
+        reads = m & (size == 16)
+        shared, array = self.cta.shared, self.array(source, reads) if reads.any() else None
+        shared.index(to, m, 4)  # out of bounds: say so here
+        if array is not None:
+            array.index(source, reads, 4)
+
+        def land() -> None:
+            self.cta.alive(f"a cp.async of {self} lands")
+            values = (np.zeros(lanes.WARP, np.uint32),) * 4
+            if array is not None:
+                words = array.load(source, reads, 4)
+                values = tuple(np.where(reads, word, 0).astype(np.uint32) for word in words)
+            shared.store_generic(to, m, values, self.threads, self.tick())
+
+        self.copies[-1].append(land)
+        self.machine.engine.submit(land)
+        return ()
+
+    def copy_commit(self, line: int, m: Lanes, opcode: str) -> tuple:
+        self.whole(line, m, opcode)
+        self.copies.append([])
+        return ()
+
+    def copy_wait(self, line: int, m: Lanes, opcode: str, pending: Lanes) -> tuple:
+        """The oldest groups have landed, until only `pending` are under way."""
+        self.whole(line, m, opcode)
+        while len(self.copies) - 1 > int(pending[0]):
+            for land in self.copies.popleft():
+                self.machine.engine.finish(land)
         return ()
 
     # --- clusters -------------------------------------------------------------------------------
