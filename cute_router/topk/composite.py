@@ -11,6 +11,7 @@ from cutlass import Float32, Int32, Uint32, Uint64
 
 from cute_router.spec import MAX_LENGTH
 from cute_router.topk.key import key
+from cute_router.topk.ptx import opaque
 from cute_router.topk.radix_config import INDEX_BITS
 
 BITS = 32 + INDEX_BITS
@@ -20,6 +21,8 @@ BITS = 32 + INDEX_BITS
 def composite(value: Float32, index: Int32) -> Uint64:
     """The composite of the entry at `index`."""
     inverted = Uint32(Int32(MAX_LENGTH - 1) - index)
+    # Else half of the key is kept from where the entry was counted to here, for many, and spilled.
+    value = opaque(value.bitcast(Int32)).bitcast(Float32)
     return (Uint64(key(value, nan="first")) << INDEX_BITS) | Uint64(inverted)
 
 
