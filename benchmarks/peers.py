@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from problem import FACTOR, FLASH, PRO, TOP_K, Call, Problem, cublas_logits
+from torch import Tensor
 
 # The best composite of peers: microseconds by (E, K), by what it was, by N.
 # SGLang 0.5.23, vLLM 0.33.0, torch 2.11.
@@ -26,6 +27,8 @@ RECORDED: dict[tuple[int, int], dict[str, dict[int, float]]] = {
     },
 }
 
+Gate = Callable[[Tensor, Tensor], Any]  # logits, bias -> (weights, ids)
+
 LL_GEMM_TOKENS = 16  # the most that vLLM's low-latency GEMM takes
 
 
@@ -37,12 +40,12 @@ def best_recorded(E: int, K: int, N: int) -> tuple[float, str] | None:
     return None
 
 
-def sglang(problem: Problem) -> Call:
-    """cuBLAS, then SGLang's gate."""
+def sglang_gate() -> Gate:
+    """SGLang's gate."""
     gate = imported("sglang.jit_kernel.moe_fused_gate", "moe_fused_gate")
-    return lambda i: gate(
-        cublas_logits(problem, i),
-        problem.bias,
+    return lambda logits, bias: gate(
+        logits,
+        bias,
         TOP_K,
         scoring_func="sqrtsoftplus",
         renormalize=True,
@@ -51,15 +54,20 @@ def sglang(problem: Problem) -> Call:
     )
 
 
-def vllm_gate() -> Callable[..., Any]:
+def vllm_gate() -> Gate:
     """vLLM's gate for DeepSeek-V4."""
-    return imported("vllm.model_executor.layers.fused_moe.router.dsv4_topk", "dsv4_topk")
+    gate = imported("vllm.model_executor.layers.fused_moe.router.dsv4_topk", "dsv4_topk")
+    return lambda logits, bias: gate(logits, bias, torch.int32, FACTOR)
 
 
-def vllm(problem: Problem) -> Call:
-    """cuBLAS, then vLLM's gate."""
-    gate = vllm_gate()
-    return lambda i: gate(cublas_logits(problem, i), problem.bias, torch.int32, FACTOR)
+def after_cublas(make: Callable[[], Gate]) -> Callable[[Problem], Call]:
+    """cuBLAS, then a gate."""
+
+    def router(problem: Problem) -> Call:
+        gate = make()
+        return lambda i: gate(cublas_logits(problem, i), problem.bias)
+
+    return router
 
 
 def vllm_low_latency(problem: Problem) -> Call:
@@ -68,7 +76,7 @@ def vllm_low_latency(problem: Problem) -> Call:
     gemm = imported("vllm.model_executor.kernels.linear.cute_dsl.ll_bf16", "ll_bf16_gemm")
     if problem.N > LL_GEMM_TOKENS:
         raise NotImplementedError(f"takes up to {LL_GEMM_TOKENS} tokens")
-    return lambda i: gate(gemm(problem.xs[i], problem.Ws[i]), problem.bias, torch.int32, FACTOR)
+    return lambda i: gate(gemm(problem.xs[i], problem.Ws[i]), problem.bias)
 
 
 def no_such_gate(package: str) -> Callable[[Problem], Call]:
@@ -94,8 +102,8 @@ def imported(module: str, name: str | None = None) -> Any:
 
 
 PEERS: dict[str, Callable[[Problem], Call]] = {
-    "cuBLAS + SGLang gate": sglang,
-    "cuBLAS + vLLM gate": vllm,
+    "cuBLAS + SGLang gate": after_cublas(sglang_gate),
+    "cuBLAS + vLLM gate": after_cublas(vllm_gate),
     "vLLM LL GEMM + vLLM gate": vllm_low_latency,
     "FlashInfer": no_such_gate("flashinfer"),
     "QuACK": no_such_gate("quack"),

@@ -12,13 +12,13 @@ and a table beside it gives every contender. A peer that is not installed is nam
 """
 
 import argparse
-import json
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from contest import OURS, contest, made, misrouted, write_report
 from peers import PEERS, RECORDED_ON, best_recorded
 from problem import (
     FACTOR,
@@ -31,17 +31,15 @@ from problem import (
     make_problem,
     random_weights,
 )
-from timing import METHOD, environment, graph_us, host_us
+from timing import environment, graph_us, host_us
 from torch import Tensor
 
 from cute_router import Routing, activation_topk, dense_decode, reference
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
-OURS, EAGER, COMPILED = "cute_router", "eager", "torch.compile"
+EAGER, COMPILED = "eager", "torch.compile"
 CUBLAS, OWN_GATE, FLOOR = "cuBLAS GEMM alone", "cuBLAS + own gate", "W-stream, no PDL"
 RECORDED = "best recorded peer"
-
-SETS_CHECKED = 2  # of tensors, before a contender is timed: fewest that show which one was read
 
 
 @dataclass
@@ -125,14 +123,13 @@ def main() -> int:
 
     print(table(results))
     if args.json:
-        report = {
-            "environment": where,
-            "method": METHOD,
-            "best_recorded_peer": RECORDED_ON,
-            "results": [result.as_dict() for result in results],
-            "host_us": host,
-        }
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_report(
+            args.json,
+            where,
+            best_recorded_peer=RECORDED_ON,
+            results=[result.as_dict() for result in results],
+            host_us=host,
+        )
     if args.plot:
         plot(results, f"{where['gpu']}, {where['date']}", args.plot)
     return 0
@@ -162,23 +159,11 @@ def shape(text: str) -> tuple[int, int]:
 
 def measure(problem: Problem, floor: float, compiled: bool) -> Result:
     """Check and time every contender."""
-    result = Result(problem.E, problem.K, problem.N)
-    routers, result.absent = contenders(problem, compiled)
-    for name, call in routers.items():
-        try:
-            found = (disagreement(call(i), problem, i) for i in range(SETS_CHECKED))
-            wrong = next(filter(None, found), None)
-            if wrong is None:
-                result.us[name] = graph_us(call, len(problem.Ws))
-            else:
-                result.absent[name] = f"wrong result: {wrong}"
-        except Exception as error:
-            if name == OURS:
-                raise
-            # A peer that breaks is no reason to lose the rest.
-            result.absent[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-    if OURS not in result.us:
-        raise SystemExit(f"N={problem.N} E={problem.E} K={problem.K}: {result.absent[OURS]}")
+    routers, absent = contenders(problem, compiled)
+    us, failed = contest(
+        routers, lambda _, found, i: disagreement(found, problem, i), len(problem.Ws)
+    )
+    result = Result(problem.E, problem.K, problem.N, us, absent | failed)
     result.us[CUBLAS] = graph_us(lambda i: cublas_logits(problem, i), len(problem.Ws))
     result.us[FLOOR] = floor
     return result
@@ -199,14 +184,8 @@ def contenders(problem: Problem, compiled: bool) -> tuple[dict[str, Call], dict[
     else:
         absent[COMPILED] = "left out (--no-compile)"
     calls[OWN_GATE] = cublas_and_own_gate(problem)
-    for name, make in PEERS.items():
-        try:
-            calls[name] = make(problem)
-        except (ImportError, NotImplementedError) as error:
-            absent[name] = str(error)
-        except Exception as error:  # an engine that imports but does not work here
-            absent[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-    return calls, absent
+    peers, missing = made(PEERS, problem)
+    return calls | peers, absent | missing
 
 
 def outputs(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -287,30 +266,10 @@ def host_cost(problem: Problem) -> dict[str, float]:
 
 
 def disagreement(result: tuple[Tensor, Tensor], problem: Problem, i: int) -> str | None:
-    """What is wrong with the routing of set i, or None.
-
-    An id may differ from the reference's where their scores lie within the logit error bound, for
-    fp32 logits cannot tell them apart; weights are compared at the chosen ids.
-    """
-    weights, ids = result[0].double(), result[1].long()
-    x, W, bias = problem.xs[i], problem.Ws[i], problem.bias
-    if ids.shape != (problem.N, TOP_K) or ((ids < 0) | (ids >= problem.E)).any():
-        return "ids of a wrong shape or out of range"
-    if (ids.sort(-1).values.diff(dim=-1) == 0).any():
-        return "repeated ids"
-    a = reference.activations(reference.logits(x, W))
-    s = reference.selection_scores(a, bias)
-    expected = reference.select(s, TOP_K)
-    # sqrt(softplus(l)) rises by less than l does; 1e-6 is the error of the activation itself.
-    error = reference.logit_error_bound(x, W) + 1e-6 * s.abs()
-    apart = (s.gather(-1, expected) - s.gather(-1, ids)).abs()
-    wrong = apart > error.gather(-1, expected) + error.gather(-1, ids)
-    if wrong.any():
-        return f"{int(wrong.sum())} of {ids.numel()} ids differ beyond the logit error bound"
-    off = float((weights - reference.weigh(a, ids, FACTOR)).abs().max())
-    if not off <= 1e-5 * FACTOR:
-        return f"weights differ by {off:.1e}, {1e-5 * FACTOR:.1e} allowed"
-    return None
+    """What is wrong with the routing of set i, or None."""
+    x, W = problem.xs[i], problem.Ws[i]
+    bound = reference.logit_error_bound(x, W)
+    return misrouted(result, reference.logits(x, W), problem.bias, bound)
 
 
 # --- what is shown ------------------------------------------------------------------------------

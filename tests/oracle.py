@@ -11,7 +11,7 @@ Logits are exact where fp32 sums are: for integers, zeros, infinities and NaN. T
 shrink to the error of the activation, so ties made on purpose are checked to the last id.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,22 @@ ORDINARY_BOUND = 2.0**-12
 ORDINARY_ACTIVATION = 2.0**-100
 # Above this fp32 sums may overflow on the way, which no bound describes.
 LARGEST_SUM = 1e37
+# From here on neighbouring fp32 logits have different activations in fp64.
+SMALLEST_APART = 2.0**-20
+
+
+class Logits(NamedTuple):
+    """Logits [N, E] of N tokens in fp64.
+
+    value: the exact one. bound: how far a kernel's may lie from it. exact: whether experts of equal
+    scores have equal ones in a kernel too. known: [N]; in a row that is not, which may overflow,
+    well-formed ids are all that can be asked for.
+    """
+
+    value: Tensor
+    bound: Tensor
+    exact: Tensor
+    known: Tensor
 
 
 class Scores(NamedTuple):
@@ -65,10 +81,23 @@ def check_decode(x: Tensor, W: Tensor, bias: Tensor | None, **options: object) -
 
 
 def assert_routing(
+    routing: Routing, x: Tensor, W: Tensor, bias: Tensor | None = None, **options: Any
+) -> None:
+    """Raise `AssertionError` unless the specification allows this routing of hidden states."""
+    assert_routed(routing, logits_of_products(x, W), bias, **options)
+
+
+def assert_gated(
+    routing: Routing, logits: Tensor, bias: Tensor | None = None, **options: Any
+) -> None:
+    """Raise `AssertionError` unless the specification allows this routing of given logits."""
+    assert_routed(routing, given_logits(logits), bias, **options)
+
+
+def assert_routed(
     routing: Routing,
-    x: Tensor,
-    W: Tensor,
-    bias: Tensor | None = None,
+    logits: Logits,
+    bias: Tensor | None,
     *,
     top_k: int = 6,
     routed_scaling_factor: float = 1.0,
@@ -81,20 +110,14 @@ def assert_routing(
 ) -> None:
     """Raise `AssertionError` unless the routing is one that the specification allows."""
     del batch_invariant, pdl  # how it was computed is no part of what is right
-    N, E = x.shape[0], W.shape[0]
+    logit, bound, exact, known = logits
+    N, E = logit.shape
     assert_well_formed(routing, N, E, top_k)
     if N == 0:
         return
     ids = routing.ids.long()
-    logit = reference.logits(x, W)
-    magnitude = reference.logits(x.abs(), W.abs())
-    exact = exact_logits(x, W, logit, magnitude)
-    bound = reference.logit_error_bound(x, W).masked_fill(exact, 0)
     a = activation_intervals(logit, bound, scoring)
     s = score_intervals(a, bias, exact)
-
-    # In a row that may overflow, well-formed ids are all that can be asked for.
-    known = ~(magnitude.isfinite() & (magnitude > LARGEST_SUM)).any(-1)
     assert_choice(ids, s, n_group, topk_group, known)
     ordinary = bound.amax(-1) <= ORDINARY_BOUND
     assert_weights(routing.weights, ids, a, routed_scaling_factor, renormalize, ordinary, known)
@@ -178,6 +201,24 @@ def assert_weights(
 
 
 # --- intervals ----------------------------------------------------------------------------------
+
+
+def logits_of_products(x: Tensor, W: Tensor) -> Logits:
+    """The logits of hidden states, which a kernel sums up in fp32."""
+    logit, magnitude = reference.logits(x, W), reference.logits(x.abs(), W.abs())
+    exact = exact_logits(x, W, logit, magnitude)
+    bound = reference.logit_error_bound(x, W).masked_fill(exact, 0)
+    known = ~(magnitude.isfinite() & (magnitude > LARGEST_SUM)).any(-1)
+    return Logits(logit, bound, exact, known)
+
+
+def given_logits(logits: Tensor) -> Logits:
+    """Logits that a kernel reads as they are."""
+    logit = logits.double()
+    # Of very small ones fp64 has equal activations, which fp32 need not round alike.
+    exact = (logit == 0) | (logit.abs() >= SMALLEST_APART) | ~logit.isfinite()
+    known = torch.ones(logit.shape[:1], dtype=torch.bool, device=logit.device)
+    return Logits(logit, torch.zeros_like(logit), exact, known)
 
 
 def exact_logits(x: Tensor, W: Tensor, logit: Tensor, magnitude: Tensor) -> Tensor:
