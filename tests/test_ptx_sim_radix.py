@@ -12,6 +12,7 @@ pytest.importorskip("cutlass")
 
 from ptx_sim.launch_topk import simulate_topk
 
+from cute_router.topk.radix import radix_config
 from cute_router.topk.radix_config import RadixConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:This static loop has")
@@ -128,6 +129,13 @@ def test_any_size_of_row_and_k(name, length, k):
 def test_lists_of_any_size_are_sorted(cluster, length, k):
     config = replace(ONE, vector=False, cluster=cluster, capacity=1024, items=2)
     check(config, data("normal", 1, length, torch.float32), k)
+
+
+@pytest.mark.parametrize("kind", ["few", "inf", "close"])
+@pytest.mark.parametrize("k", [1, 40, 140, 300])
+def test_a_few_are_taken_of_a_list_of_many(k, kind):
+    config = radix_config(2, 1000, k, "sm_90a", vector=False)
+    check(config, data(kind, 2, 1000, torch.float32), k, policy="random0")
 
 
 def test_a_large_list_of_equal_keys_is_sorted_by_index():

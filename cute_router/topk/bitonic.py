@@ -40,8 +40,8 @@ class Bitonic:
             else:
                 self.exchange_two(sList, n, half, True, tid)
                 stride = half >> 2
-            if half >= k:
-                n = half  # the front half has the greatest; of the other nothing is wanted
+            if half >= k and 2 * half >= n:
+                n = half  # the last merge: of the back half nothing is wanted
             while stride > self.block:
                 self.exchange_two(sList, n, stride, False, tid)
                 stride = stride >> 2
