@@ -203,9 +203,11 @@ def topk(scores: Tensor, k: int, lengths: Tensor | None = None) -> TopK:
         missing = torch.arange(L, device=scores.device) >= lengths.unsqueeze(-1)
         s = scores.masked_fill(missing, -torch.inf)  # behind every -inf that is there, by its index
     indices = s.argsort(dim=-1, descending=True, stable=True)[..., :k]
-    values = scores.gather(-1, indices)
+    # As integers: on its way through torch's CPU kernels a 16-bit NaN can change its payload.
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[scores.element_size()]
+    values = scores.contiguous().view(bits).gather(-1, indices).view(scores.dtype)
     if lengths is not None:
         lacking = torch.arange(k, device=scores.device) >= lengths.unsqueeze(-1)
-        values = values.masked_fill(lacking, -torch.inf)
+        values[lacking] = -torch.inf
         indices = indices.masked_fill(lacking, -1)
     return TopK(values, indices)

@@ -30,10 +30,12 @@ def expected_topk(scores: Tensor, k: int, lengths: Tensor | None = None) -> TopK
     if lengths is not None:
         rank = rank.masked_fill(column >= lengths.unsqueeze(-1), torch.iinfo(torch.int64).min)
     indices = rank.sort(dim=-1, descending=True).indices[..., :k]
-    values = scores.gather(-1, indices)
+    # As integers: torch's CPU kernels can change the payload of a 16-bit NaN.
+    bits = scores.contiguous().view(BITS[scores.dtype])
+    values = bits.gather(-1, indices).view(scores.dtype)
     if lengths is not None:
         lacking = column[:k] >= lengths.unsqueeze(-1)
-        values = values.masked_fill(lacking, -torch.inf)
+        values[lacking] = -torch.inf
         indices = indices.masked_fill(lacking, -1)
     return TopK(values, indices)
 
