@@ -8,10 +8,12 @@ specification. Importing this package imports neither the kernels nor their comp
 
 from typing import TYPE_CHECKING, Any
 
+import cute_router.ops  # defines torch.ops.cute_router
 import cute_router.topk  # noqa: F401  before the function of this name, which it would replace
 from cute_router import reference
 from cute_router.arch import backend_for
 from cute_router.functional import activation_topk, dense_decode, hash_route, topk
+from cute_router.router import Router
 from cute_router.spec import RouterSpec, Routing, TopK
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Router",
     "RouterSpec",
     "Routing",
     "TopK",

@@ -1,9 +1,9 @@
-"""Router tensors of one layer, read from a safetensors checkpoint by their published names.
+"""Router tensors of one layer: their published names, and reading them from safetensors files.
 
-                 DeepSeek's own checkpoints       Hugging Face transformers
-    weight       layers.L.ffn.gate.weight         model.layers.L.mlp.gate.weight
-    bias         layers.L.ffn.gate.bias           model.layers.L.mlp.gate.e_score_correction_bias
-    table        layers.L.ffn.gate.tid2eid        model.layers.L.mlp.gate.tid2eid
+                 prefix of a layer        weight   bias                      table
+    DeepSeek     layers.L.ffn.gate.       weight   bias                      tid2eid
+    transformers model.layers.L.mlp.gate. weight   e_score_correction_bias   tid2eid
+    vLLM         model.layers.L.ffn.gate. weight   e_score_correction_bias   tid2eid
 
 The table is that of a hash layer: for each token id the experts it goes to. Such a layer has no
 bias; its weight still weighs the experts. Whatever else stands beside these names (a quantization
@@ -51,7 +51,26 @@ class Spelling(NamedTuple):
 SPELLINGS = (
     Spelling("layers.{}.ffn.gate.", "weight", "bias", "tid2eid"),
     Spelling("model.layers.{}.mlp.gate.", "weight", "e_score_correction_bias", "tid2eid"),
+    Spelling("model.layers.{}.ffn.gate.", "weight", "e_score_correction_bias", "tid2eid"),
 )
+
+
+def recognise(name: str) -> tuple[str, str] | None:
+    """(prefix, field of `RouterTensors`) of a router tensor's name, or None for any other name.
+
+    Of the prefix only the module within a layer counts, and any part of it may be missing from the
+    left: `model.layers.3.mlp.gate.weight`, `mtp.0.ffn.gate.weight`, `gate.weight` and `weight` are
+    all the weight.
+    """
+    prefix, dot, leaf = name.rpartition(".")
+    prefix += dot
+    for spelling in SPELLINGS:
+        module = spelling.prefix.rpartition("{}.")[2]
+        if f".{module}".endswith(f".{prefix}") or prefix.endswith(f".{module}"):
+            for field in RouterTensors._fields:
+                if leaf == getattr(spelling, field):
+                    return prefix, field
+    return None
 
 
 def load_router(path: str | Path, layer: int) -> RouterTensors:

@@ -1,30 +1,23 @@
-"""The public functions: validate, allocate, launch.
+"""The public functions: what they mean, and which way a call goes.
 
-Engines call these thousands of times a second, so on CUDA a call first takes the short way
-(`gemm.decode.fast`, `topk.hash.fast`), which leaves most checks to the kernel's compiled host code.
-A call that is refused there, or is not of that kind, goes through every check and learns what is
-wrong with it.
+    torch.compile, torch.export    the torch op of the same name (`ops`), which tracers see whole
+    autograd records the call      the same op, for its gradient (`gradient`)
+    any other call                 `eager`, straight
 
-A backend is a module with a `launch`. Those of CUDA are imported at their first call: they bring
-the kernel compiler with them. That of CPU tensors is the specification (`cpu`).
+Only the last way counts in time: engines call these thousands of times a second.
 """
 
-from functools import cache
-from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch.compiler import is_compiling
 
-from cute_router import cpu
+from cute_router import eager
 from cute_router.spec import Routing, Scoring, TopK
-from cute_router.validate import (
-    check,
-    check_hash,
-    check_logits,
-    check_plain,
-    check_topk,
-)
+from cute_router.validate import check, check_hash, check_logits, check_topk
+
+ops = torch.ops.cute_router
 
 
 def dense_decode(
@@ -74,11 +67,13 @@ def dense_decode(
             writing anything. W and bias are read before that wait: pass False where the kernel
             immediately ahead writes either.
         out_weights, out_ids: where to write the result, contiguous fp32 and int32 [N, k] on x's
-            device; allocated if None. They must not overlap the inputs.
+            device; allocated if None. They must not overlap the inputs, and cannot be given where
+            autograd records the call.
 
     Returns:
         Routing(weights fp32 [N, k], ids int32 [N, k]), columns by descending a + bias. The ids are
-        distinct and in [0, E) whatever the input. No gradient flows through either.
+        distinct and in [0, E) whatever the input. The weights have a gradient with respect to x and
+        W, that of the chosen experts' weights; the choice itself has none.
 
     Raises:
         TypeError: an argument of a wrong type or dtype.
@@ -87,19 +82,27 @@ def dense_decode(
 
     CUDA tensors run the kernels of `backend_for(x.device)`; CPU tensors run the fp64 reference.
     """
-    options = (top_k, scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
-    call = (x, W, bias, routed_scaling_factor, options)
-    if isinstance(x, Tensor) and x.is_cuda:
-        routing: Routing | None = _cuda("gemm.decode").fast(*call, out_weights, out_ids)
-        if routing is not None:
-            return routing
-    N, spec = check(*call)
-    weights = _output("out_weights", out_weights, (N, top_k), torch.float32, x.device)
-    ids = _output("out_ids", out_ids, (N, top_k), torch.int32, x.device)
-    if N > 0:
-        launch = _cuda("gemm.decode").launch if x.is_cuda else cpu.dense
-        launch(x, W, bias, weights, ids, spec, float(routed_scaling_factor), options)
-    return Routing(weights, ids)
+    if not (is_compiling() or _recorded(x, W)):
+        return eager.dense_decode(
+            x,
+            W,
+            bias,
+            top_k,
+            routed_scaling_factor,
+            scoring,
+            renormalize,
+            n_group,
+            topk_group,
+            batch_invariant,
+            pdl,
+            out_weights,
+            out_ids,
+        )
+    options = (scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
+    if not is_compiling():
+        check(x, W, bias, routed_scaling_factor, (top_k, *options))
+    call = (x, W, bias, top_k, routed_scaling_factor, *options)
+    return _by_op(ops.dense_decode, call, (x, W), out_weights, out_ids)
 
 
 def hash_route(
@@ -141,24 +144,18 @@ def hash_route(
         Routing(weights fp32 [N, k], ids int32 [N, k]), columns in the order of the table, repeated
         entries kept. A token id outside the table gives ids -1 and weights 0. With x and W so does
         an entry outside [0, E) in its slot, which has no part in the sum; without them entries are
-        copied as they are. No gradient flows through either.
+        copied as they are. With x and W the weights have a gradient with respect to both.
 
     Raises:
         TypeError, ValueError: as `dense_decode`.
     """
     call = (token_ids, table, x, W, routed_scaling_factor, scoring, renormalize, pdl)
-    if isinstance(token_ids, Tensor) and token_ids.is_cuda:
-        routing: Routing | None = _cuda("topk.hash").fast(*call, out_weights, out_ids)
-        if routing is not None:
-            return routing
-    shape, device = check_hash(*call), token_ids.device
-    weights = _output("out_weights", out_weights, shape, torch.float32, device, "token_ids")
-    ids = _output("out_ids", out_ids, shape, torch.int32, device, "token_ids")
-    if shape[0] > 0:
-        factor = float(routed_scaling_factor)
-        launch = _cuda("topk.hash").launch if token_ids.is_cuda else cpu.hash_route
-        launch(token_ids, table, x, W, factor, scoring, renormalize, pdl, weights, ids)
-    return Routing(weights, ids)
+    if is_compiling():
+        return _by_op(ops.hash_route, call, (x, W), out_weights, out_ids)
+    if _recorded(x, W):
+        check_hash(*call)
+        return _by_op(ops.hash_route, call, (x, W), out_weights, out_ids)
+    return eager.hash_route(*call, out_weights, out_ids)
 
 
 def activation_topk(
@@ -193,21 +190,20 @@ def activation_topk(
         out_weights, out_ids: where to write the result, as for `dense_decode`.
 
     Returns:
-        Routing(weights fp32 [N, k], ids int32 [N, k]), as `dense_decode` does.
+        Routing(weights fp32 [N, k], ids int32 [N, k]), as `dense_decode` does; the weights have a
+        gradient with respect to the logits.
 
     Raises:
         TypeError, ValueError: as `dense_decode`.
     """
-    options = (top_k, scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
-    spec, device = check_logits(logits, bias, routed_scaling_factor, options), logits.device
-    shape = (logits.shape[0], top_k)
-    weights = _output("out_weights", out_weights, shape, torch.float32, device, "logits")
-    ids = _output("out_ids", out_ids, shape, torch.int32, device, "logits")
-    if shape[0] > 0:
-        launch = _cuda("topk.gate").launch if logits.is_cuda else cpu.gate
-        factor = float(routed_scaling_factor)
-        launch(logits, bias, weights, ids, spec, factor, batch_invariant=batch_invariant, pdl=pdl)
-    return Routing(weights, ids)
+    options = (scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
+    call = (logits, bias, top_k, routed_scaling_factor, *options)
+    if is_compiling():
+        return _by_op(ops.activation_topk, call, (logits,), out_weights, out_ids)
+    if _recorded(logits):
+        check_logits(logits, bias, routed_scaling_factor, (top_k, *options))
+        return _by_op(ops.activation_topk, call, (logits,), out_weights, out_ids)
+    return eager.activation_topk(*call, out_weights, out_ids)
 
 
 def topk(
@@ -239,45 +235,60 @@ def topk(
 
     Returns:
         TopK(values [..., k] of the scores' dtype, indices [..., k]). Values have their own bits:
-        those of a NaN and of -0 too. No gradient flows through them.
+        those of a NaN and of -0 too. The values have a gradient with respect to the scores.
 
     Raises:
         TypeError: an argument of a wrong type or dtype.
         ValueError: a wrong shape, device or value. Both name the argument, what was wanted and what
             was got.
     """
-    check_topk(scores, k, sorted, lengths, index_dtype)
-    shape, device = (*scores.shape[:-1], k), scores.device
     if out is not None and not (isinstance(out, tuple | list) and len(out) == 2):
         raise TypeError(f"out must be (values, indices) or None; got {out!r}")
-    given_values, given_indices = out or (None, None)
-    values = _output("out[0]", given_values, shape, scores.dtype, device, "scores")
-    indices = _output("out[1]", given_indices, shape, index_dtype, device, "scores")
-    if values.numel() > 0:
-        rows = scores.detach().reshape(-1, scores.shape[-1])
-        rows = rows if rows.stride(1) == 1 else rows.contiguous()
-        launch = _cuda("topk.standalone").launch if scores.is_cuda else cpu.topk
-        counts = None if lengths is None else lengths.view(-1)
-        launch(rows, counts, values.view(-1, k), indices.view(-1, k))
-    return TopK(values, indices)
+    call = (scores, k, sorted, lengths, index_dtype)
+    if not is_compiling():
+        if not _recorded(scores):
+            return eager.topk(*call, *(out or (None, None)))
+        check_topk(*call)
+    if out is None:
+        return TopK(*ops.topk.default(*call))
+    _refuse_recording("out", scores)
+    ops.topk.out(*call, out_values=out[0], out_indices=out[1])
+    return TopK(*out)
 
 
-def _output(
-    name: str,
-    given: Tensor | None,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    where: str = "x",
-) -> Tensor:
-    """The caller's output tensor, checked, or a new one on the device of the argument `where`."""
+def _recorded(*inputs: Any) -> bool:
+    """Whether autograd is to record a call on these inputs."""
+    if is_grad_enabled():
+        for t in inputs:  # any() would take three times as long
+            if getattr(t, "requires_grad", False):
+                return True
+    return False
+
+
+def _by_op(
+    op: Any,
+    call: tuple[Any, ...],
+    inputs: tuple[Tensor | None, ...],
+    out_weights: Tensor | None,
+    out_ids: Tensor | None,
+) -> Routing:
+    """The torch op, or its out variant; `inputs` are those of `call` that have a gradient."""
+    given = out_ids if out_weights is None else out_weights
     if given is None:
-        return torch.empty(shape, dtype=dtype, device=device)
-    check_plain(name, given, shape, dtype, device, where)
-    return given
+        return Routing(*op.default(*call))
+    _refuse_recording("out_weights and out_ids", *inputs)
+    if out_weights is None:
+        out_weights = torch.empty_like(given, dtype=torch.float32)
+    if out_ids is None:
+        out_ids = torch.empty_like(given, dtype=torch.int32)
+    op.out(*call, out_weights=out_weights, out_ids=out_ids)
+    return Routing(out_weights, out_ids)
 
 
-@cache
-def _cuda(name: str) -> Any:
-    """A backend of CUDA tensors, by its module's name."""
-    return import_module(f"cute_router.{name}")
+def _refuse_recording(given: str, *inputs: Tensor | None) -> None:
+    """Raise where autograd is to record a call whose outputs are given: it has no way to."""
+    if _recorded(*inputs):
+        raise ValueError(
+            f"{given} must be None where a gradient is recorded, because an input requires grad;"
+            " call under torch.no_grad() for none"
+        )

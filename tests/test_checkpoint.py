@@ -12,7 +12,12 @@ save_file = pytest.importorskip("safetensors.torch").save_file
 E, K = 16, 64
 NATIVE = "layers.{}.ffn.gate."
 HUGGING_FACE = "model.layers.{}.mlp.gate."
-BIAS = {NATIVE: "bias", HUGGING_FACE: "e_score_correction_bias"}
+VLLM = "model.layers.{}.ffn.gate."
+BIAS = {
+    NATIVE: "bias",
+    HUGGING_FACE: "e_score_correction_bias",
+    VLLM: "e_score_correction_bias",
+}
 
 
 def weight():
@@ -30,7 +35,7 @@ def save(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("spelling", [NATIVE, HUGGING_FACE])
+@pytest.mark.parametrize("spelling", [NATIVE, HUGGING_FACE, VLLM])
 def test_a_scored_layer_is_found_by_its_published_names(save, spelling):
     tensors = {
         f"{spelling.format(layer)}{name}": t
@@ -43,7 +48,7 @@ def test_a_scored_layer_is_found_by_its_published_names(save, spelling):
     assert router.table is None
 
 
-@pytest.mark.parametrize("spelling", [NATIVE, HUGGING_FACE])
+@pytest.mark.parametrize("spelling", [NATIVE, HUGGING_FACE, VLLM])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_a_hash_layer_has_a_table_and_no_bias(save, spelling, dtype):
     prefix, table = spelling.format(0), torch.randint(E, (100, 6)).to(dtype)
@@ -70,7 +75,8 @@ def test_a_missing_layer_is_refused_with_what_was_found(save):
     with pytest.raises(
         ValueError,
         match=r"no router for layer 30 .*: wanted layers\.30\.ffn\.gate\.weight or"
-        r" model\.layers\.30\.mlp\.gate\.weight; found layers\.3\.ffn\.gate\.weight$",
+        r" model\.layers\.30\.mlp\.gate\.weight or model\.layers\.30\.ffn\.gate\.weight;"
+        r" found layers\.3\.ffn\.gate\.weight$",
     ):
         load_router(path, 30)
 

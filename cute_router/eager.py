@@ -1,0 +1,155 @@
+"""What the public functions do with tensors that are there: validate, allocate, launch.
+
+Engines call these thousands of times a second, so on CUDA a call first takes the short way
+(`gemm.decode.fast`, `topk.hash.fast`), which leaves most checks to the kernel's compiled host code.
+A call that is refused there, or is not of that kind, goes through every check and learns what is
+wrong with it.
+
+A backend is a module with a `launch`. Those of CUDA are imported at their first call: they bring
+the kernel compiler with them. That of CPU tensors is the specification (`cpu`).
+
+Arguments stand in the order of the public functions of the same name, which document them, and of
+the torch ops. Here nothing is recorded for autograd or traced: a call always runs.
+"""
+
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cute_router import cpu
+from cute_router.spec import Routing, Scoring, TopK
+from cute_router.validate import check, check_hash, check_logits, check_plain, check_topk
+
+
+def dense_decode(
+    x: Tensor,
+    W: Tensor,
+    bias: Tensor | None = None,
+    top_k: int = 6,
+    routed_scaling_factor: float = 1.0,
+    scoring: Scoring = "sqrtsoftplus",
+    renormalize: bool = True,
+    n_group: int = 1,
+    topk_group: int = 1,
+    batch_invariant: bool = False,
+    pdl: bool = True,
+    out_weights: Tensor | None = None,
+    out_ids: Tensor | None = None,
+) -> Routing:
+    """`functional.dense_decode`."""
+    options = (top_k, scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
+    if isinstance(x, Tensor) and x.is_cuda:
+        routing: Routing | None = _cuda("gemm.decode").fast(
+            x, W, bias, routed_scaling_factor, options, out_weights, out_ids
+        )
+        if routing is not None:
+            return routing
+    N, spec = check(x, W, bias, routed_scaling_factor, options)
+    weights = _output("out_weights", out_weights, (N, top_k), torch.float32, x.device)
+    ids = _output("out_ids", out_ids, (N, top_k), torch.int32, x.device)
+    if N > 0:
+        launch = _cuda("gemm.decode").launch if x.is_cuda else cpu.dense
+        launch(x, W, bias, weights, ids, spec, float(routed_scaling_factor), options)
+    return Routing(weights, ids)
+
+
+def hash_route(
+    token_ids: Tensor,
+    table: Tensor,
+    x: Tensor | None = None,
+    W: Tensor | None = None,
+    routed_scaling_factor: float = 1.0,
+    scoring: Scoring = "sqrtsoftplus",
+    renormalize: bool = True,
+    pdl: bool = True,
+    out_weights: Tensor | None = None,
+    out_ids: Tensor | None = None,
+) -> Routing:
+    """`functional.hash_route`."""
+    call = (token_ids, table, x, W, routed_scaling_factor, scoring, renormalize, pdl)
+    if isinstance(token_ids, Tensor) and token_ids.is_cuda:
+        routing: Routing | None = _cuda("topk.hash").fast(*call, out_weights, out_ids)
+        if routing is not None:
+            return routing
+    shape, device = check_hash(*call), token_ids.device
+    weights = _output("out_weights", out_weights, shape, torch.float32, device, "token_ids")
+    ids = _output("out_ids", out_ids, shape, torch.int32, device, "token_ids")
+    if shape[0] > 0:
+        factor = float(routed_scaling_factor)
+        launch = _cuda("topk.hash").launch if token_ids.is_cuda else cpu.hash_route
+        launch(token_ids, table, x, W, factor, scoring, renormalize, pdl, weights, ids)
+    return Routing(weights, ids)
+
+
+def activation_topk(
+    logits: Tensor,
+    bias: Tensor | None = None,
+    top_k: int = 6,
+    routed_scaling_factor: float = 1.0,
+    scoring: Scoring = "sqrtsoftplus",
+    renormalize: bool = True,
+    n_group: int = 1,
+    topk_group: int = 1,
+    batch_invariant: bool = False,
+    pdl: bool = True,
+    out_weights: Tensor | None = None,
+    out_ids: Tensor | None = None,
+) -> Routing:
+    """`functional.activation_topk`."""
+    options = (top_k, scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
+    spec, device = check_logits(logits, bias, routed_scaling_factor, options), logits.device
+    shape = (logits.shape[0], top_k)
+    weights = _output("out_weights", out_weights, shape, torch.float32, device, "logits")
+    ids = _output("out_ids", out_ids, shape, torch.int32, device, "logits")
+    if shape[0] > 0:
+        launch = _cuda("topk.gate").launch if logits.is_cuda else cpu.gate
+        factor = float(routed_scaling_factor)
+        launch(logits, bias, weights, ids, spec, factor, batch_invariant=batch_invariant, pdl=pdl)
+    return Routing(weights, ids)
+
+
+def topk(
+    scores: Tensor,
+    k: int,
+    sorted: bool = True,
+    lengths: Tensor | None = None,
+    index_dtype: torch.dtype = torch.int64,
+    out_values: Tensor | None = None,
+    out_indices: Tensor | None = None,
+) -> TopK:
+    """`functional.topk`."""
+    check_topk(scores, k, sorted, lengths, index_dtype)
+    shape, device = (*scores.shape[:-1], k), scores.device
+    values = _output("out[0]", out_values, shape, scores.dtype, device, "scores")
+    indices = _output("out[1]", out_indices, shape, index_dtype, device, "scores")
+    if values.numel() > 0:
+        rows = scores.detach().reshape(-1, scores.shape[-1])
+        rows = rows if rows.stride(1) == 1 else rows.contiguous()
+        launch = _cuda("topk.standalone").launch if scores.is_cuda else cpu.topk
+        counts = None if lengths is None else lengths.view(-1)
+        launch(rows, counts, values.view(-1, k), indices.view(-1, k))
+    return TopK(values, indices)
+
+
+def _output(
+    name: str,
+    given: Tensor | None,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    where: str = "x",
+) -> Tensor:
+    """The caller's output tensor, checked, or a new one on the device of the argument `where`."""
+    if given is None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    check_plain(name, given, shape, dtype, device, where)
+    return given
+
+
+@cache
+def _cuda(name: str) -> Any:
+    """A backend of CUDA tensors, by its module's name."""
+    return import_module(f"cute_router.{name}")
