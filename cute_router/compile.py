@@ -37,6 +37,7 @@ _loaded: dict[Any, Callable[..., None]] = {}
 # Where the kernel of a configuration class is traced: module, holding `trace(config)`.
 TRACERS = {
     "DecodeConfig": "cute_router.gemm.decode_kernel",
+    "PrefillConfig": "cute_router.gemm.prefill_kernel",
     "GateConfig": "cute_router.topk.gate_kernel",
     "RowsConfig": "cute_router.topk.rows_kernel",
     "HashConfig": "cute_router.topk.hash_kernel",

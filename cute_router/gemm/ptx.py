@@ -1,5 +1,6 @@
 """PTX that the DSL has no word for, each instruction named once."""
 
+import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
 
@@ -49,4 +50,59 @@ def wait_cluster(barrier: cute.Pointer, phase: int) -> None:
             "selp.b32 {$w0}, 1, 0, p;\n\t}",
             write_only_types=[Int32],
             read_only_args=[barrier, Int32(phase)],
+        )
+
+
+@cute.jit
+def arrive_at_peer(barrier: cute.Pointer, peer: Int32) -> None:
+    """Arrive at the barrier that stands at this place in CTA `peer` of the cluster.
+
+    The DSL's own arrival releases at CTA scope, which does not cover a peer's wait.
+    """
+    cute.arch.inline_ptx(
+        "{\n\t.reg .b32 there;\n\t"
+        "mapa.shared::cluster.u32 there, {$r0}, {$r1};\n\t"
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n\t}",
+        read_only_args=[barrier, peer],
+    )
+
+
+@cute.jit
+def arrive_relaxed_at_peer(barrier: cute.Pointer, peer: Int32) -> None:
+    """The same where threads have read and written nothing that it would have to publish.
+
+    Without the fence of all memory that a release at cluster scope costs on Hopper.
+    """
+    cute.arch.inline_ptx(
+        "{\n\t.reg .b32 there;\n\t"
+        "mapa.shared::cluster.u32 there, {$r0}, {$r1};\n\t"
+        "mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [there];\n\t}",
+        read_only_args=[barrier, peer],
+    )
+
+
+@cute.jit
+def at_peer(ptr: cute.Pointer, peer: Int32) -> Int32:
+    """The address of the same place in the shared memory of CTA `peer` of the cluster."""
+    return cute.arch.inline_ptx(
+        "mapa.shared::cluster.u32 {$w0}, {$r0}, {$r1};",
+        write_only_types=[Int32],
+        read_only_args=[ptr, peer],
+    )
+
+
+@cute.jit
+def store_async(address: Int32, words: tuple[Int32, ...], barrier: Int32) -> None:
+    """Store 2 or 4 words to a peer; its barrier counts their bytes. Addresses are `at_peer`s."""
+    if cutlass.const_expr(len(words) == 2):
+        cute.arch.inline_ptx(
+            "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32"
+            " [{$r0}], {{$r1}, {$r2}}, [{$r3}];",
+            read_only_args=[address, *words, barrier],
+        )
+    else:
+        cute.arch.inline_ptx(
+            "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32"
+            " [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}}, [{$r5}];",
+            read_only_args=[address, *words, barrier],
         )

@@ -11,15 +11,13 @@ from typing import Any
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, Uint32
+from cutlass import Float32, Int32, Uint32
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from cutlass.memory import SmemAllocator
 
+from cute_router.epilogue.by_words import ByWords
 from cute_router.epilogue.row import route_row
-from cute_router.epilogue.scoring import activate_all
-from cute_router.epilogue.weights import weight
 from cute_router.topk.config import WARP, GateConfig, dsl_type
-from cute_router.topk.key import REMOVED, key
 from cute_router.topk.lanes import Lanes
 from cute_router.topk.staging import arrived, read, stage
 
@@ -31,6 +29,7 @@ class GateKernel:
         self.cfg = config
         spec = config.spec
         self.lay = Lanes(spec.num_experts, spec.top_k, config.lanes, config.run, exact=False)
+        self.words = ByWords(spec, self.lay)
         self.tokens = WARP // config.lanes  # of a warp
         self.padded = -(-spec.num_experts // WARP) * WARP
 
@@ -129,78 +128,13 @@ class GateKernel:
         def keys(block):
             arrived(block, lay, c.vector)
             rows = (sRow,) if cutlass.const_expr(sBias is None) else (sRow, sBias)
-            return self.keys(block, lane, *(read(row, lay, block, lane) for row in rows))
+            return self.words.keys(block, lane, *(read(row, lay, block, lane) for row in rows))
 
         pick = lay.pick(keys, lane)
         cute.arch.sync_warp()  # the logits of all lanes are staged
         settled = token <= last and not pick.doubtful
-        self.store(pick.words, sRow, sBias, mWeights, mIds, factor, token, lane, settled)
+        self.words.store(pick.words, sRow, sBias, mWeights, mIds, factor, token, lane, settled)
         return cute.arch.vote_ballot_sync(pick.doubtful and token <= last and lane == 0)
-
-    def keys(
-        self, block: int, lane: Int32, rLogits: cute.Tensor, rBias: Any = None
-    ) -> list[Uint32]:
-        """The keys of a lane's block; REMOVED past the last expert. A NaN counts as -inf here.
-
-        Should it be among the k best, or at the edge, with another one, whole keys decide.
-        """
-        words = []
-        rScores = cute.make_rmem_tensor(cute.size(rLogits), Float32)
-        rScores.store(rLogits.load().to(Float32))
-        activate_all(rScores, self.cfg.spec.scoring)
-        for i in range(cute.size(rLogits)):
-            score = rScores[i]
-            if rBias is not None:
-                score = score + rBias[i]
-            word = key(cute.arch.fmax(score, -Float32.inf), "first")
-            if not self.lay.whole(block):
-                expert = lane * self.lay.run + self.lay.offset(block, i)
-                real = expert < self.cfg.spec.num_experts
-                word = cutlass.select_(real, word, Uint32(REMOVED))
-            words.append(word)
-        return words
-
-    def chosen(self, slot: int, lane: Int32) -> Boolean:
-        """Whether the lane has a k-th best, or a better one, in this slot."""
-        return lane + slot * self.cfg.lanes < self.cfg.spec.top_k
-
-    @cute.jit
-    def store(
-        self,
-        words: list[Uint32],
-        sRow: cute.Tensor,
-        sBias: Any,
-        mWeights: cute.Tensor,
-        mIds: cute.Tensor,
-        factor: Float32,
-        token: Int32,
-        lane: Int32,
-        settled: Boolean,
-    ) -> None:
-        """Weigh the chosen experts by their activations, computed again; write both."""
-        c, lay = self.cfg, self.lay
-        rKeys = cute.make_rmem_tensor(lay.slots, Uint32)
-        rPlaces = cute.make_rmem_tensor(lay.slots, Int32)
-        rIds = cute.make_rmem_tensor(lay.slots, Int32)
-        rActs = cute.make_rmem_tensor(lay.slots, Float32)
-        for slot in cutlass.range_constexpr(lay.slots):
-            expert = lay.index(lay.mine(words, slot, lane))
-            rIds[slot] = cutlass.select_(self.chosen(slot, lane), expert, Int32(0))
-            rActs[slot] = sRow[rIds[slot]].to(Float32)
-        activate_all(rActs, c.spec.scoring)
-        total = Float32(0.0)
-        for slot in cutlass.range_constexpr(lay.slots):
-            score = rActs[slot]
-            if cutlass.const_expr(sBias is not None):
-                score = score + sBias[rIds[slot]]
-            rKeys[slot] = key(score)
-            total = total + cutlass.select_(self.chosen(slot, lane), rActs[slot], Float32(0.0))
-        lay.places(words, rKeys, lane, rPlaces)
-        total = cute.arch.warp_reduction_sum(total, threads_in_group=c.lanes)
-        for slot in cutlass.range_constexpr(lay.slots):
-            if settled and self.chosen(slot, lane):
-                mWeights[token, rPlaces[slot]] = weight(rActs[slot], total, factor, c.spec)
-                mIds[token, rPlaces[slot]] = rIds[slot]
 
 
 def trace(config: GateConfig) -> tuple[GateKernel, tuple[Any, ...]]:

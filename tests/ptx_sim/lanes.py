@@ -100,6 +100,12 @@ def leading_zeros(a: np.ndarray) -> np.ndarray:
     return np.array([32 - int(v).bit_length() for v in a], np.uint32)
 
 
+def quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a / b of 32-bit integers, rounded towards zero; 0 for b = 0, of which PTX says nothing."""
+    safe = np.where(b == 0, 1, b)
+    return np.where(b == 0, 0, np.trunc(a / safe.astype(np.float64))).astype(a.dtype)
+
+
 def high(a: np.ndarray, b: np.ndarray, wide: str) -> np.ndarray:
     """The upper half of the product of two values of half the width of `wide`."""
     product = a.astype(wide) * b.astype(wide)

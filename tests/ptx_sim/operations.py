@@ -9,6 +9,8 @@ from ptx_sim import lanes
 from ptx_sim.errors import Unsupported
 from ptx_sim.parser import Address, Immediate, Instruction, Operand, Register, Symbol, Vector
 
+TMA = "cp.async.bulk.tensor.2d"
+
 # Opcode prefix -> (method of `Warp`, operands that are destinations). The longest prefix counts.
 EFFECTS = {
     "ld.shared": ("load_shared", 1),
@@ -32,8 +34,14 @@ EFFECTS = {
     "barrier.cluster.arrive": ("cluster_arrive", 0),
     "mbarrier.init.shared": ("barrier_init", 0),
     "mbarrier.arrive.shared": ("barrier_arrive", 1),
+    "mbarrier.arrive.release.cluster.shared::cluster": ("barrier_arrive_peer", 0),
+    "mbarrier.arrive.relaxed.cluster.shared::cluster": ("barrier_arrive_peer", 0),
     "mbarrier.arrive.expect_tx.shared": ("barrier_expect", 1),
-    "cp.async.bulk.tensor.2d.shared::c": ("load_tensor", 0),
+    f"{TMA}.shared::c": ("load_tensor", 0),
+    f"{TMA}.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster": (
+        "multicast_tensor",
+        0,
+    ),
     "cp.async.cg.shared.global": ("copy_async", 0),
     "cp.async.commit_group": ("copy_commit", 0),
     "cp.async.wait_group": ("copy_wait", 0),
@@ -43,6 +51,7 @@ EFFECTS = {
     "fence.mbarrier_init": ("fence_inits", 0),
     "fence.proxy.async": ("fence_proxy", 0),
     "prefetch.tensormap": ("nothing", 0),
+    "setmaxnreg": ("nothing", 0),
     "wgmma.fence": ("nothing", 0),
     "wgmma.commit_group": ("wgmma_commit", 0),
     "tcgen05.fence::before_thread_sync": ("fence_before", 0),
@@ -290,6 +299,9 @@ class Emitter:
         if name == "setp" and last in HALVES:
             values = [f"lanes.{last}({self.value(item, 'u2')})" for item in inputs]
             return "p", COMPARE_FLOAT[parts[1]].format(*values)
+        if last == "f32x2":  # two of fp32 in a register of 64 bits
+            halves = [f"{self.value(item, 'u8')}.view('f4')" for item in inputs]
+            return "u8", f"({FLOAT[name].format(*halves)}).view('u8')"
         kind = {"b": "u", "u": "u", "s": "i", "f": "f"}[last[0]] + str(int(last[1:]) // 8)
         if name == "setp":
             form = (COMPARE_FLOAT if kind[0] == "f" else COMPARE)[parts[1]]
@@ -335,6 +347,8 @@ class Emitter:
         forms = {"min": "np.minimum({}, {})", "max": "np.maximum({}, {})", "neg": "-{}"}
         forms |= {"not": "~{}", "abs": "np.abs({})", "clz": "lanes.leading_zeros({})"}
         forms["popc"] = "np.bitwise_count({}).astype('u4')"
+        if name == "div":
+            return kind, f"lanes.quotient({values[0]}, {values[1]})"
         if name == "max" and parts[1] == "relu":
             return kind, f"np.maximum({forms['max'].format(*values)}, 0)"
         if name not in forms:

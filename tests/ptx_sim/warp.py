@@ -451,6 +451,21 @@ class Warp:
             self.cta.barrier(int(address[lane])).arrive(int(count[0][lane]) if count else 1)
         return (lanes.constant(0, "u8"),)
 
+    def barrier_arrive_peer(self, line: int, m: Lanes, opcode: str, address: Lanes) -> tuple:
+        self.line = line
+        for lane in np.flatnonzero(m):
+            at = int(address[lane])
+            cta = self.cta.cluster.cta(at)
+
+            def arrive(cta=cta, at=at) -> None:
+                cta.alive(f"an arrival of {self} reaches its barrier")
+                signal = cta.barrier(at)
+                signal.remote |= cta is not self.cta and ".release." in opcode
+                signal.arrive()
+
+            self.machine.engine.submit(arrive)
+        return ()
+
     def barrier_expect(self, line: int, m: Lanes, opcode: str, address: Lanes, count) -> tuple:
         self.line = line
         for lane in np.flatnonzero(m):
@@ -479,34 +494,42 @@ class Warp:
     def load_tensor(self, line: int, m: Lanes, opcode: str, to, name, at, barrier, *_hint) -> tuple:
         self.line = line
         for lane in np.flatnonzero(m):
-            tensor_map = self.machine.maps.get(int(name[lane]))
-            if tensor_map is None:
-                raise Misuse(f"{int(name[lane]):#x} is no tensor map")
-            if tensor_map.after_wait and not self.grid_waited:
-                raise Hazard(f"{tensor_map.name} is loaded before griddepcontrol.wait")
-            cta = self.cta.cluster.cta(int(to[lane]))
-            target, signal = int(to[lane]), int(barrier[lane])
-            column, row = (int(c[lane]) for c in at)
-
-            span = cta.shared.span(target, tensor_map.box_bytes)
-            cta.shared.proxies.load_starts(span, self.issue(lane))
-
-            def arrive(
-                tensor_map=tensor_map,
-                cta=cta,
-                target=target,
-                span=span,
-                signal=signal,
-                column=column,
-                row=row,
-            ) -> None:
-                cta.alive(f"a TMA load of {tensor_map.name} arrives")
-                cta.shared.proxies.load_lands(span)
-                tensor_map.write(cta.shared, target, tensor_map.box(column, row))
-                cta.barrier(signal).complete(tensor_map.box_bytes)
-
-            self.machine.engine.submit(arrive)
+            self.load_box(lane, to, name, at, barrier)
         return ()
+
+    def multicast_tensor(
+        self, line: int, m: Lanes, opcode: str, to, name, at, barrier, mask, *_hint
+    ) -> tuple:
+        """The same box to the same place of every CTA of a mask, each of whose barriers counts."""
+        self.line = line
+        place = np.uint32((1 << WINDOW) - 1)
+        for lane in np.flatnonzero(m):
+            for rank in range(16):
+                if int(mask[lane]) >> rank & 1:
+                    window = np.uint32(rank << WINDOW)
+                    self.load_box(lane, to & place | window, name, at, barrier & place | window)
+        return ()
+
+    def load_box(self, lane: int, to: Lanes, name: Lanes, at, barrier: Lanes) -> None:
+        """One TMA load, of one box to one CTA."""
+        tensor_map = self.machine.maps.get(int(name[lane]))
+        if tensor_map is None:
+            raise Misuse(f"{int(name[lane]):#x} is no tensor map")
+        if tensor_map.after_wait and not self.grid_waited:
+            raise Hazard(f"{tensor_map.name} is loaded before griddepcontrol.wait")
+        cta = self.cta.cluster.cta(int(to[lane]))
+        target, signal = int(to[lane]), int(barrier[lane])
+        column, row = (int(c[lane]) for c in at)
+        span = cta.shared.span(target, tensor_map.box_bytes)
+        cta.shared.proxies.load_starts(span, self.issue(lane))
+
+        def arrive() -> None:
+            cta.alive(f"a TMA load of {tensor_map.name} arrives")
+            cta.shared.proxies.load_lands(span)
+            tensor_map.write(cta.shared, target, tensor_map.box(column, row))
+            cta.barrier(signal).complete(tensor_map.box_bytes)
+
+        self.machine.engine.submit(arrive)
 
     # --- tcgen05 --------------------------------------------------------------------------------
 

@@ -1,0 +1,80 @@
+"""Host entry of the dense router for many tokens on CUDA: a kernel by N, then one launch."""
+
+from collections.abc import Callable
+from functools import cache, lru_cache
+
+import torch
+from torch import Tensor
+
+from cute_router import compile as compiler
+from cute_router.arch import target_for
+from cute_router.gemm import decode, generic
+from cute_router.gemm.prefill_config import can_implement
+from cute_router.prefill_heuristics import prefill_config, token_bucket
+from cute_router.spec import RouterSpec, Scoring
+from cute_router.validate import Options, spec_of
+
+MAX_TOKENS = 1 << 21  # of one launch: what it writes stays within 32-bit offsets
+MAX_BUCKET = 1 << 17  # larger batches have so many token tiles that the best way is the same
+
+
+def launch(
+    x: Tensor,
+    W: Tensor,
+    bias: Tensor | None,
+    weights: Tensor,
+    ids: Tensor,
+    spec: RouterSpec,
+    factor: float,
+    options: Options,
+) -> None:
+    """Queue the router on the current stream of x's device. Arguments are checked, N is not 0."""
+    N, device = x.shape[0], x.get_device()
+    if options[-2]:  # batch-invariant: one kernel serves every N
+        decode.launch(x, W, bias, weights, ids, spec, factor, options)
+        return
+    bucket = token_bucket(min(N, MAX_BUCKET))
+    kernel = kernel_of(spec.num_experts, spec.hidden_size, spec.has_bias, *options, bucket, device)
+    if kernel is None:
+        generic.launch(x, W, bias, weights, ids, spec, factor, batch_invariant=False)
+        return
+    x, W = decode.row_strided(x), decode.row_strided(W)
+    if N <= MAX_TOKENS:  # slices take the host a microsecond each
+        kernel(x, W, bias, weights, ids, factor)
+        return
+    for first in range(0, N, MAX_TOKENS):
+        rows = slice(first, first + MAX_TOKENS)
+        kernel(decode.row_strided(x[rows]), W, bias, weights[rows], ids[rows], factor)
+
+
+# typed: without it True would find the kernel of 1, and 6.0 that of 6.
+@lru_cache(maxsize=None, typed=True)
+def kernel_of(
+    E: int,
+    K: int,
+    has_bias: bool,
+    top_k: int,
+    scoring: Scoring,
+    renormalize: bool,
+    n_group: int,
+    topk_group: int,
+    batch_invariant: bool,
+    pdl: bool,
+    bucket: int,
+    device: int,
+) -> Callable[..., None] | None:
+    """Choose, compile and load; None where the device has no kernel of its own for the product."""
+    router = (E, K, has_bias, top_k, scoring, renormalize, n_group, topk_group)
+    spec = spec_of(*router, batch_invariant, pdl)
+    backend, target = target_for(device)
+    if backend == "generic":
+        return None
+    config = prefill_config(spec, bucket, target, sm_count(device), pdl=pdl)
+    can_implement(config)
+    return compiler.kernel(config)
+
+
+@cache
+def sm_count(device: int) -> int:
+    """SMs of a device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,196 @@
+"""The configuration of a prefill kernel: what is compiled, and whether it can run.
+
+A `PrefillConfig` is the compile key: everything that shapes the code is a field of it or follows
+from its fields. Shared memory, registers and TMEM are budgeted here, because the compiler takes any
+amount of shared memory without a word and the launch then fails.
+"""
+
+from dataclasses import dataclass
+
+from cute_router.arch import MAX_CLUSTER
+from cute_router.gemm.config import MAX_SMEM, TILE_K, ceil_div
+from cute_router.spec import RouterSpec
+from cute_router.topk.config import WARP
+from cute_router.topk.lanes import Lanes
+
+MAX_MMA_EXPERTS = 256  # of one instruction, on MMA-N
+WARPGROUP = 128  # threads
+MISC = 1024  # barriers, alignment, and a margin, in bytes
+
+
+def round_up(a: int, b: int) -> int:
+    """The least multiple of b not under a."""
+    return ceil_div(a, b) * b
+
+
+@dataclass(frozen=True)
+class PrefillConfig:
+    """One compiled prefill kernel.
+
+    spec:        the router.
+    arch:        the compile target, "sm_90a", "sm_100a" or "sm_100f".
+    tile_tokens: tokens of a tile, on MMA-M: 64 (sm_90 only) or 128.
+    split_e:     CTAs that share a tile's experts: 1, 2, 4 or 8.
+    split_k:     CTAs that share the K of the same experts: 1, 2, 4 or 8.
+    stages:      K blocks that shared memory holds, a ring.
+    clusters:    of a launch, at most; they take the token tiles in turns.
+    lanes:       of a warp, that choose for one token; 32 unless `by_words`.
+    multicast:   whether the `split_e` CTAs load parts of their x tile for each other (sm_90 only).
+    team:        token tiles of a cluster, 1, 2 or 4; the CTAs that multiply them by the same W tile
+                 load parts of it for each other (more than 1: sm_90 only).
+    pdl:         whether the launch may overlap the kernel ahead of it.
+    """
+
+    spec: RouterSpec
+    arch: str
+    tile_tokens: int = 128
+    split_e: int = 2
+    split_k: int = 1
+    stages: int = 4
+    clusters: int = 66
+    lanes: int = 8
+    multicast: bool = False
+    team: int = 1
+    pdl: bool = True
+
+    @property
+    def blackwell(self) -> bool:
+        """Whether the product is tcgen05's and not WGMMA's."""
+        return self.arch.startswith("sm_100")
+
+    @property
+    def per_tile(self) -> int:
+        """CTAs that share a token tile."""
+        return self.split_e * self.split_k
+
+    @property
+    def cluster(self) -> int:
+        """CTAs of a cluster."""
+        return self.team * self.per_tile
+
+    @property
+    def loaders(self) -> int:
+        """CTAs that load parts of one's x or W tile, itself included."""
+        return (self.split_e if self.multicast else 1) + self.team - 1
+
+    @property
+    def tile_experts(self) -> int:
+        """Experts of a CTA, on MMA-N; those past the last are zeros: TMA fills what is out of
+        bounds."""
+        grain = 32 if self.blackwell else 8 * self.team
+        return round_up(ceil_div(self.spec.num_experts, self.split_e), grain)
+
+    @property
+    def k_blocks(self) -> int:
+        """K blocks of one CTA. Blocks past K are zeros too."""
+        return ceil_div(ceil_div(self.spec.hidden_size, TILE_K), self.split_k)
+
+    @property
+    def owned(self) -> int:
+        """Tokens of a tile for which one of its CTAs chooses."""
+        return self.tile_tokens // self.per_tile
+
+    @property
+    def epilogue_threads(self) -> int:
+        """Threads that hold accumulators and choose; on sm_90 a warpgroup for 64 tokens."""
+        return 2 * self.tile_tokens if not self.blackwell else self.tile_tokens
+
+    @property
+    def trades_registers(self) -> bool:
+        """Whether the load warp gives registers to two warpgroups of accumulators.
+
+        Nine warps would leave every thread 168 of them, for one quarter of the SM has three.
+        """
+        return self.epilogue_threads == 2 * WARPGROUP
+
+    @property
+    def threads(self) -> int:
+        """All threads: the epilogue's, a warp of loads, and on sm_100 a warp that issues MMAs.
+
+        Registers are traded by whole warpgroups; three warps of the loads' do nothing else.
+        """
+        if self.trades_registers:
+            return self.epilogue_threads + WARPGROUP
+        return self.epilogue_threads + (2 * WARP if self.blackwell else WARP)
+
+    @property
+    def by_words(self) -> bool:
+        """Whether the experts' scores are independent of each other, and words decide."""
+        return self.spec.scoring != "softmax" and self.spec.n_group == 1
+
+    @property
+    def lay(self) -> Lanes:
+        """How a token's logits lie on the lanes that choose."""
+        return Lanes(self.spec.num_experts, self.spec.top_k, self.lanes, run=4, exact=False)
+
+    @property
+    def padded(self) -> int:
+        """Experts of a tile, those past the last included."""
+        return self.split_e * self.tile_experts
+
+    @property
+    def pitch(self) -> int:
+        """Words from a token's logits to the next one's.
+
+        The skew keeps apart the banks of the rows that one store of a warp writes: 8 rows of 32
+        bytes from WGMMA's accumulators, rows of 16 bytes from TMEM.
+        """
+        return round_up(self.padded, WARP) + (4 if self.blackwell else 8)
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes of logits, or of parts of their sums, that an owner gets from others."""
+        return (self.per_tile - 1) * self.owned * self.tile_experts * 4
+
+    @property
+    def tile_bytes(self) -> int:
+        """Shared memory of one stage: a K block of the x tile and of the W tile."""
+        return (self.tile_tokens + self.tile_experts) * TILE_K * 2
+
+    @property
+    def smem_bytes(self) -> int:
+        """Shared memory of a CTA."""
+        logits = self.split_k * self.owned * self.pitch * 4
+        return self.stages * self.tile_bytes + logits + self.padded * 4 + MISC
+
+
+def can_implement(config: PrefillConfig) -> None:
+    """Raise `ValueError` with the reason if `config` cannot be built or launched."""
+    c = config
+    if c.arch not in ("sm_90a", "sm_100a", "sm_100f"):
+        raise ValueError(f"arch must be sm_90a, sm_100a or sm_100f; got {c.arch!r}")
+    tokens = (128,) if c.blackwell else (64, 128)
+    if c.tile_tokens not in tokens:
+        raise ValueError(f"tile_tokens must be one of {tokens} on {c.arch}; got {c.tile_tokens}")
+    if c.split_e not in (1, 2, 4, 8):
+        raise ValueError(f"split_e must be 1, 2, 4 or 8; got {c.split_e}")
+    if c.split_k not in (1, 2, 4, 8):
+        raise ValueError(f"split_k must be 1, 2, 4 or 8; got {c.split_k}")
+    if c.team not in ((1,) if c.blackwell else (1, 2, 4)):
+        raise ValueError(f"team must be 1, or on sm_90a 2 or 4; got {c.team}")
+    if c.cluster > MAX_CLUSTER:
+        raise ValueError(f"team * split_e * split_k must be at most {MAX_CLUSTER}; got {c.cluster}")
+    # The accumulators are registers (128 of 224 at this size) or TMEM columns, a power of two.
+    if c.tile_experts > MAX_MMA_EXPERTS:
+        raise ValueError(
+            f"a CTA can have {MAX_MMA_EXPERTS} experts; got {c.tile_experts} with"
+            f" split_e={c.split_e}"
+        )
+    if c.stages < 2:  # a ring frees a stage one block late
+        raise ValueError(f"stages must be at least 2; got {c.stages}")
+    if c.clusters < 1:
+        raise ValueError(f"clusters must be at least 1; got {c.clusters}")
+    lanes = (4, 8, 16, 32) if c.by_words else (32,)
+    if c.lanes not in lanes or WARP // c.lanes > c.owned:
+        raise ValueError(
+            f"lanes must be one of {lanes} and at least {WARP} / owned={c.owned}; got {c.lanes}"
+        )
+    if c.multicast and (c.blackwell or c.split_e == 1):
+        raise ValueError(
+            f"multicast is for sm_90a and split_e > 1; got {c.arch}, split_e={c.split_e}"
+        )
+    if c.smem_bytes > MAX_SMEM:
+        raise ValueError(
+            f"the configuration needs {c.smem_bytes} bytes of shared memory;"
+            f" a CTA has {MAX_SMEM}: {c}"
+        )

@@ -1,0 +1,107 @@
+"""How a token's logits meet: every CTA of a tile sends its part to the token's owner.
+
+The r-th CTA of a tile owns the r-th slice of the tile's tokens. What it gets is kept as
+
+    (expert, owned token, K part)      K parts are summed where they are read (`epilogue.by_rows`)
+
+by st.async, which counts its bytes on the owner's barrier `part`; what is its own a CTA stores,
+and its threads meet. Before the next tile's logits may come, every owner has told every CTA of the
+tile that it has read those of the last (`room`).
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+
+from cute_router.gemm.prefill_config import PrefillConfig
+from cute_router.gemm.prefill_mainloop import PrefillMainloop, Shared, Tiles
+from cute_router.gemm.ptx import arrive_at_peer, at_peer, store_async, wait_cluster
+
+
+class Exchange:
+    """From accumulators to rows of logits in the owners' shared memory."""
+
+    def __init__(self, config: PrefillConfig, mainloop: PrefillMainloop, meet):
+        self.cfg = config
+        self.vector = mainloop.vector  # experts of one store
+        self.rows = mainloop.rows
+        self.meet = meet  # named barrier of the epilogue's threads
+
+    def layout(self) -> cute.Layout:
+        """Logits as an owner keeps them, (expert, owned token, K part)."""
+        c = self.cfg
+        return cute.make_layout((c.pitch, c.owned, c.split_k))
+
+    @cute.jit
+    def expect(self, s: Shared, tid: Int32) -> None:
+        """Arm this owner's barrier for a tile."""
+        if cutlass.const_expr(self.cfg.per_tile > 1):
+            if tid == 0:
+                cute.arch.mbarrier_arrive_and_expect_tx(s.part, self.cfg.sent_bytes)
+
+    @cute.jit
+    def open(self, s: Shared, turn: Int32) -> None:
+        """Wait until the owners have room for the logits of tile `turn`."""
+        if cutlass.const_expr(self.cfg.per_tile > 1):
+            if turn > 0:
+                wait_cluster(s.room, (turn - 1) % 2)
+
+    @cute.jit
+    def send(
+        self, s: Shared, tiles: Tiles, rAcc: cute.Tensor, coords: cute.Tensor, first: int
+    ) -> None:
+        """Send sums to the owners of their tokens; `first` is the first expert of `coords`."""
+        c, v = self.cfg, self.vector
+        experts = tiles.e_part * c.tile_experts + first
+        for row in cutlass.range_constexpr(self.rows):
+            token, expert = coords[v * row]
+            owner = token // c.owned
+            crd = (experts + expert, token % c.owned, tiles.k_part)
+            place = cute.assume(cute.crd2idx(crd, self.layout()), divby=v)
+            slot = s.sLogits.iterator + place
+            if cutlass.const_expr(c.per_tile == 1) or owner == tiles.own(c):
+                self.store(slot, rAcc, coords, row)
+            else:
+                peer = tiles.rank(c, owner)
+                self.store_async(at_peer(slot, peer), at_peer(s.part, peer), rAcc, coords, row)
+
+    @cute.jit
+    def store(self, slot: cute.Pointer, rAcc: cute.Tensor, coords: cute.Tensor, row: int) -> None:
+        """A token's sums to this CTA's own memory, from `slot` on."""
+        v = self.vector
+        rRun = cute.make_rmem_tensor(v, Float32)
+        for i in cutlass.range_constexpr(row, cute.size(rAcc) // v, self.rows):
+            for j in cutlass.range_constexpr(v):
+                rRun[j] = rAcc[v * i + j]
+            distance = cute.assume(coords[v * i][1] - coords[v * row][1], divby=v)
+            cute.make_tensor((slot + distance).align(4 * v), cute.make_layout(v)).store(rRun.load())
+
+    @cute.jit
+    def store_async(
+        self, slot: Int32, barrier: Int32, rAcc: cute.Tensor, coords: cute.Tensor, row: int
+    ) -> None:
+        """A token's sums to a peer."""
+        v = self.vector
+        for i in cutlass.range_constexpr(row, cute.size(rAcc) // v, self.rows):
+            words = tuple(rAcc[v * i + j].bitcast(Int32) for j in range(v))
+            distance = coords[v * i][1] - coords[v * row][1]
+            store_async(slot + 4 * distance, words, barrier)
+
+    @cute.jit
+    def wait(self, s: Shared, turn: Int32) -> None:
+        """Wait until the owned tokens' logits of tile `turn` are here."""
+        self.meet.arrive_and_wait()
+        if cutlass.const_expr(self.cfg.per_tile > 1):
+            wait_cluster(s.part, turn % 2)
+
+    @cute.jit
+    def close(self, s: Shared, tiles: Tiles, turn: Int32, tid: Int32) -> None:
+        """This owner has read them: let the next ones come, if there are any.
+
+        A CTA that nobody has to wait for may have exited.
+        """
+        if turn + 1 < tiles.count:
+            self.meet.arrive_and_wait()
+            if cutlass.const_expr(self.cfg.per_tile > 1):
+                if tid < self.cfg.per_tile:
+                    arrive_at_peer(s.room, tiles.rank(self.cfg, tid))

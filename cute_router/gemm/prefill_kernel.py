@@ -1,0 +1,310 @@
+"""The fused prefill router: weights, ids = renorm(topk(act(x W^T) + bias)), one launch.
+
+    tokens N -> MMA-M   experts E -> MMA-N
+    split_e x split_k CTAs: the experts and the K slices of one token tile. Each of them owns some
+    of the tile's tokens and gets all their logits. A cluster is a team of such tiles; clusters take
+    tiles in turns. Logits never leave the cluster.
+
+    warp        role      work
+    0..7 (3)    epilogue  bias, trigger dependents; for each tile
+                          [sm_90: WGMMA]; accumulators -> the owners' rows of logits -> choice
+                          -> store
+    next        load      barriers; TMA W, wait for the kernel ahead, TMA x; then a ring
+                          [of a warpgroup where registers are traded; its other warps leave]
+    last        mma       [sm_100 only] TMEM, tcgen05.mma
+
+    barrier   producer -> consumer             arrivals                     bytes
+    full[s]   load -> mma                      1                            x tile + W tile
+    free[s]   mma -> loads of its parts        warps x loaders              -
+                                               or 1 (tcgen05.commit)
+    done      mma -> epilogue (sm_100)         1 (tcgen05.commit)           -
+    drained   epilogue -> mma (sm_100)         its warps                    -
+    part      tile's CTAs -> owner's epilogue  1                            owned tokens x E
+    room      owners -> tile's epilogues       CTAs of the tile             -
+
+A CTA waits for everything that others send it, so that none exits too early and no barrier of the
+cluster stands at the end.
+
+W and bias do not depend on the kernel ahead and are read before griddepcontrol.wait; x and the
+outputs only after it. Dependents are triggered at once: they wait for this grid's end anyway.
+"""
+
+from typing import Any
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+import cutlass.pipeline as pipeline
+from cutlass import BFloat16, Float32, Int16, Int32, Int64
+from cutlass.cute.nvgpu import cpasync
+from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+from cutlass.memory import SmemAllocator
+
+from cute_router.epilogue.by_rows import ByRows
+from cute_router.epilogue.owner import Outputs
+from cute_router.gemm.prefill_config import PrefillConfig
+from cute_router.gemm.prefill_exchange import Exchange
+from cute_router.gemm.prefill_mainloop import Shared, Tiles
+from cute_router.gemm.prefill_sm90 import PrefillSm90
+from cute_router.gemm.prefill_sm100 import PrefillSm100
+from cute_router.topk.config import WARP
+
+EPILOGUE_REGISTERS, LOAD_REGISTERS = 232, 40  # where they are traded: 504 for 4 threads of an SM
+EPILOGUE_BARRIER = 1  # named barrier of the epilogue's threads; 0 is the CTA's own
+
+
+class PrefillKernel:
+    """One configuration of the kernel, ready for `cute.compile`."""
+
+    def __init__(self, config: PrefillConfig):
+        self.cfg = config
+        self.mainloop = (PrefillSm100 if config.blackwell else PrefillSm90)(config)
+        self.meet = pipeline.NamedBarrier(EPILOGUE_BARRIER, config.epilogue_threads)
+        self.exchange = Exchange(config, self.mainloop, self.meet)
+        self.choice = ByRows(config)
+        self.load_warp = config.epilogue_threads // WARP
+        self.mma_warp = self.load_warp + 1
+        self.head = min(config.stages, config.k_blocks)  # K blocks that find their stage empty
+
+    @cute.jit
+    def __call__(
+        self,
+        mX: cute.Tensor,  # (N, K) bf16
+        mW: cute.Tensor,  # (E, K) bf16
+        mBias: cute.Tensor | None,  # (E) fp32
+        mWeights: cute.Tensor,  # (N, k) fp32
+        mIds: cute.Tensor,  # (N, k) int32
+        factor: Float32,
+        stream: cuda.CUstream,
+    ):
+        """Make the TMA descriptors and launch; traced into the kernel's host code."""
+        c = self.cfg
+        layout_x, layout_w = self.mainloop.layouts()
+        (atom_x, tX), (atom_w, tW) = self.mainloop.tma_atoms(mX, mW, layout_x, layout_w)
+        self.kernel.set_name_prefix("cute_router_prefill", remove_cutlass_symbol=True)
+        self.kernel(
+            atom_x, tX, atom_w, tW, mBias, mWeights, mIds, factor, layout_x, layout_w
+        ).launch(
+            grid=[self.grid(cute.size(mX, mode=[0]))[1] * c.cluster, 1, 1],
+            block=[c.threads, 1, 1],
+            cluster=[c.cluster, 1, 1],
+            stream=stream,
+            smem=c.smem_bytes,
+            use_pdl=c.pdl,
+            min_blocks_per_mp=1,
+        )
+
+    def grid(self, N: Int32) -> tuple[Int32, Int32]:
+        """A team's token tiles at a time, how many times, and clusters that take them in turns."""
+        times = cute.ceil_div(N, self.cfg.tile_tokens * self.cfg.team)
+        return times, cutlass.min(times, self.cfg.clusters)
+
+    @cute.kernel
+    def kernel(
+        self,
+        atom_x: cute.CopyAtom,
+        tX: cute.Tensor,
+        atom_w: cute.CopyAtom,
+        tW: cute.Tensor,
+        mBias: cute.Tensor | None,
+        mWeights: cute.Tensor,
+        mIds: cute.Tensor,
+        factor: Float32,
+        layout_x: cute.ComposedLayout,
+        layout_w: cute.ComposedLayout,
+    ):
+        """The roles of a CTA's warps."""
+        c = self.cfg
+        tid = cute.arch.thread_idx()[0]
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        tiles = self.locate(cute.size(mIds, mode=[0]))
+        s = self.allocate(SmemAllocator(), layout_x, layout_w)
+        loads = self.mainloop.partition(((atom_x, tX), (atom_w, tW)), s.sX, s.sW, tiles)
+        if warp == self.load_warp:
+            cpasync.prefetch_descriptor(atom_x)
+            cpasync.prefetch_descriptor(atom_w)
+            self.init_barriers(s)
+            if cutlass.const_expr(c.team == 1):
+                self.load_first_weights(atom_w, loads, s, tiles)
+        cute.arch.sync_threads()
+        if cutlass.const_expr(c.cluster > 1):
+            cute.arch.cluster_arrive_relaxed()  # the barriers of this CTA are there for its peers
+
+        if warp < self.load_warp:
+            if cutlass.const_expr(c.trades_registers):
+                cute.arch.setmaxregister_increase(EPILOGUE_REGISTERS)
+            self.epilogue(s, tiles, tid, mBias, Outputs(mWeights, mIds, factor))
+        else:
+            if cutlass.const_expr(c.trades_registers):
+                cute.arch.setmaxregister_decrease(LOAD_REGISTERS)
+            if warp == self.load_warp:
+                self.load(atom_x, atom_w, loads, s, tiles)
+            elif cutlass.const_expr(c.blackwell):
+                self.mainloop.issue(s, tiles, self.mma_warp)
+
+    def locate(self, N: Int32) -> Tiles:
+        """This CTA's tiles and its share of them."""
+        c = self.cfg
+        times, clusters = self.grid(N)
+        cluster = cute.arch.block_idx()[0] // c.cluster
+        rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
+        member, place = rank // c.per_tile, rank % c.per_tile
+        return Tiles(
+            member,
+            e_part=place % c.split_e,
+            k_part=place // c.split_e,
+            first=cluster * c.team + member,
+            step=clusters * c.team,
+            count=(times - cluster + clusters - 1) // clusters,
+        )
+
+    def allocate(self, smem: SmemAllocator, layout_x, layout_w) -> Shared:
+        """Shared memory of a CTA."""
+        c = self.cfg
+        sX, sW = (
+            smem.allocate_tensor(BFloat16, layout.outer, 1024, swizzle=layout.inner)
+            for layout in (layout_x, layout_w)
+        )
+        sLogits = smem.allocate_tensor(Float32, self.exchange.layout(), 16)
+        sBias = smem.allocate_tensor(Float32, cute.make_layout(c.padded), 16)
+        full, free = (smem.allocate_array(Int64, c.stages, byte_alignment=8) for _ in range(2))
+        done, drained, part, room = (
+            smem.allocate_array(Int64, 1, byte_alignment=8) for _ in range(4)
+        )
+        tmem = smem.allocate_array(Int32, 1, byte_alignment=8)
+        return Shared(sX, sW, sLogits, sBias, full, free, done, drained, part, room, tmem)
+
+    @cute.jit
+    def init_barriers(self, s: Shared) -> None:
+        """Initialise the CTA's barriers and arm those of the first loads. One warp calls."""
+        c = self.cfg
+        readers = c.epilogue_threads // WARP * c.loaders
+        with cute.arch.elect_one():
+            for stage in cutlass.range_constexpr(c.stages):
+                cute.arch.mbarrier_init(s.full + stage, 1)
+                cute.arch.mbarrier_init(s.free + stage, 1 if c.blackwell else readers)
+            cute.arch.mbarrier_init(s.done, 1)
+            cute.arch.mbarrier_init(s.drained, c.epilogue_threads // WARP)
+            cute.arch.mbarrier_init(s.part, 1)
+            cute.arch.mbarrier_init(s.room, c.per_tile)
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_warp()  # the lane elected next may be another
+        with cute.arch.elect_one():
+            for stage in cutlass.range_constexpr(self.head):
+                cute.arch.mbarrier_arrive_and_expect_tx(s.full + stage, c.tile_bytes)
+
+    def load_first_weights(self, atom_w, loads, s: Shared, tiles: Tiles) -> None:
+        """The loads of W that find their stages empty."""
+        for block in range(self.head):
+            self.load_weights(atom_w, loads, s, tiles, Int32(block))
+
+    def load_weights(self, atom_w, loads, s: Shared, tiles: Tiles, block: Int32) -> None:
+        """One TMA load of W, or of a part for the whole team; blocks are counted over all tiles."""
+        c, (tWsW, tWgW) = self.cfg, loads[1]
+        stage, depth = block % c.stages, tiles.k_part * c.k_blocks + block % c.k_blocks
+        team = sum(1 << i * c.per_tile for i in range(c.team))
+        cute.copy(
+            atom_w,
+            tWgW[(None, depth)],
+            tWsW[(None, stage)],
+            tma_bar_ptr=s.full + stage,
+            mcast_mask=Int16(Int32(team) << tiles.own(c)) if c.team > 1 else None,
+        )
+
+    def load_tokens(self, atom_x, loads, s: Shared, tiles: Tiles, block: Int32) -> None:
+        """One TMA load of x, or of a part for all that share the tile."""
+        c, (tXsX, tXgX) = self.cfg, loads[0]
+        stage, depth = block % c.stages, tiles.k_part * c.k_blocks + block % c.k_blocks
+        tile = tiles.first + block // c.k_blocks * tiles.step
+        peers = Int32((1 << c.split_e) - 1) << tiles.rank(c, tiles.k_part * c.split_e)
+        cute.copy(
+            atom_x,
+            tXgX[(None, tile, depth)],
+            tXsX[(None, stage)],
+            tma_bar_ptr=s.full + stage,
+            mcast_mask=Int16(peers) if c.multicast else None,
+        )
+
+    @cute.jit
+    def load(self, atom_x: cute.CopyAtom, atom_w: cute.CopyAtom, loads, s: Shared, tiles: Tiles):
+        """Load x behind the kernel ahead, then what of both did not fit at first."""
+        c = self.cfg
+        if cutlass.const_expr(c.cluster > 1):
+            cute.arch.cluster_wait()  # the peers' barriers are initialised
+        if cutlass.const_expr(c.team > 1):
+            self.load_first_weights(atom_w, loads, s, tiles)
+        cute.arch.griddepcontrol_wait()
+        for block in cutlass.range_constexpr(self.head):
+            self.load_tokens(atom_x, loads, s, tiles, Int32(block))
+        total = tiles.count * c.k_blocks
+        for block in cutlass.range(self.head, total):
+            self.wait_free(s, block)
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive_and_expect_tx(s.full + block % c.stages, c.tile_bytes)
+            self.load_tokens(atom_x, loads, s, tiles, block)
+            self.load_weights(atom_w, loads, s, tiles, block)
+        if cutlass.const_expr(c.loaders > 1):  # see through what others get from here, and say
+            for block in cutlass.range(total, total + c.stages):
+                self.wait_free(s, block)
+
+    @cute.jit
+    def wait_free(self, s: Shared, block: Int32) -> None:
+        """Wait until all that get parts of a block have read the one before it in its stage."""
+        stages = self.cfg.stages
+        cute.arch.mbarrier_wait(s.free + block % stages, (block // stages + 1) % 2)
+
+    @cute.jit
+    def epilogue(self, s: Shared, tiles: Tiles, tid: Int32, mBias: Any, out: Outputs) -> None:
+        """From products to stored weights and ids, tile by tile."""
+        c = self.cfg
+        if tid == 0:
+            cute.arch.griddepcontrol_launch_dependents()
+        if cutlass.const_expr(mBias is not None):
+            expert = tid
+            while expert < c.spec.num_experts:
+                s.sBias[expert] = mBias[expert]
+                expert = expert + c.epilogue_threads
+        if cutlass.const_expr(c.cluster > 1):
+            cute.arch.cluster_wait()  # the peers' barriers are initialised
+        cute.arch.griddepcontrol_wait()  # nothing global is written before this
+        self.meet.arrive_and_wait()
+        self.mainloop.enter(s)
+        for turn in cutlass.range(tiles.count):
+            self.tile(s, tiles, turn, tid, out)
+        self.mainloop.leave()
+
+    @cute.jit
+    def tile(self, s: Shared, tiles: Tiles, turn: Int32, tid: Int32, out: Outputs) -> None:
+        """One token tile."""
+        c = self.cfg
+        self.exchange.expect(s, tid)
+        self.mainloop.accumulate(s, tid, tiles, turn, self.exchange)
+        self.exchange.wait(s, turn)
+        sBias = s.sBias if cutlass.const_expr(c.spec.has_bias) else None
+        first = (tiles.first + turn * tiles.step) * c.tile_tokens + tiles.own(c) * c.owned
+        self.choice.choose(s.sLogits, sBias, first, out)
+        self.exchange.close(s, tiles, turn, tid)
+
+
+def trace(config: PrefillConfig) -> tuple[PrefillKernel, tuple[Any, ...]]:
+    """The kernel of `config` and stand-ins for its arguments, for `cute.compile`."""
+    spec, N = config.spec, cute.sym_int32()
+    E, k = spec.num_experts, spec.top_k
+
+    # E and K are run-time values here, though the code has them built in: see `decode_kernel`.
+    hidden = cute.sym_int32(divisibility=8)
+
+    def matrix(rows):
+        return make_fake_tensor(
+            BFloat16, (rows, hidden), (cute.sym_int64(divisibility=8), 1), assumed_align=16
+        )
+
+    return PrefillKernel(config), (
+        matrix(N),
+        matrix(cute.sym_int32()),
+        make_fake_tensor(Float32, (E,), (1,), assumed_align=4) if spec.has_bias else None,
+        make_fake_tensor(Float32, (N, k), (k, 1), assumed_align=4),
+        make_fake_tensor(Int32, (N, k), (k, 1), assumed_align=4),
+        Float32(1.0),
+        make_fake_stream(use_tvm_ffi_env_stream=True),
+    )

@@ -1,0 +1,99 @@
+"""The seam between architectures in prefill: all that the rest of the kernel knows of its product.
+
+A mainloop says how x and W lie in shared memory and how TMA brings them there, and hands each
+epilogue thread its fp32 sums with their (token, expert) coordinates, in one piece or in several.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple, Protocol
+
+import cutlass.cute as cute
+from cutlass import Int32
+
+from cute_router.gemm.prefill_config import PrefillConfig
+
+
+class Shared(NamedTuple):
+    """What the warps of a CTA share; see the map in `gemm.prefill_kernel`."""
+
+    sX: cute.Tensor  # x tile, STAGE last
+    sW: cute.Tensor  # W tile, STAGE last
+    sLogits: cute.Tensor  # (expert, owned token, K part)
+    sBias: cute.Tensor  # (expert)
+    full: cute.Pointer  # barriers, one for each stage: loaded
+    free: cute.Pointer  # barriers, one for each stage: read, may be loaded again
+    done: cute.Pointer  # barrier: a tile's product is complete (sm_100)
+    drained: cute.Pointer  # barrier: its accumulators have been read (sm_100)
+    part: cute.Pointer  # barrier: the owned tokens' logits have arrived
+    room: cute.Pointer  # barrier: every owner has read those of the last tile
+    tmem: cute.Pointer  # the address of the accumulators (sm_100)
+
+
+class Tiles(NamedTuple):
+    """The token tiles of a CTA, and its share of each."""
+
+    member: Int32  # of the team: which of the cluster's tiles
+    e_part: Int32  # which experts it multiplies
+    k_part: Int32  # over which K
+    first: Int32  # the first tile
+    step: Int32  # from one tile to the next
+    count: Int32  # tiles, at least one; the last may be past the last token
+
+    def own(self, c: PrefillConfig) -> Int32:
+        """This CTA's place among those of its tile, of whose tokens it owns this slice."""
+        return self.k_part * c.split_e + self.e_part
+
+    def rank(self, c: PrefillConfig, place: Int32) -> Int32:
+        """The rank in the cluster of the CTA at a place among those of this tile."""
+        return self.member * c.per_tile + place
+
+
+class Sink(Protocol):
+    """Where sums go (`gemm.prefill_exchange`)."""
+
+    def open(self, s: Shared, turn: Int32) -> None:
+        """Wait until there is room for those of tile `turn`."""
+
+    def send(
+        self, s: Shared, tiles: Tiles, rAcc: cute.Tensor, coords: cute.Tensor, first: int
+    ) -> None:
+        """Take sums with their coordinates, experts counted from the CTA's expert `first`."""
+
+
+class PrefillMainloop(ABC):
+    """L[n, e] += sum_k x[n, k] W[e, k] over a CTA's K blocks; tokens -> MMA-M, experts -> MMA-N."""
+
+    vector: int  # experts that lie side by side in a thread's registers
+    rows: int  # tokens of a thread, which take turns with every vector of experts
+
+    def __init__(self, config: PrefillConfig):
+        self.cfg = config
+
+    @abstractmethod
+    def layouts(self) -> tuple[Any, Any]:
+        """Shared-memory layouts of the x tile and the W tile, STAGE last."""
+
+    @abstractmethod
+    def tma_atoms(self, mX: cute.Tensor, mW: cute.Tensor, layout_x: Any, layout_w: Any) -> Any:
+        """(atom, coordinate tensor) for x and for W."""
+
+    @abstractmethod
+    def partition(self, atoms: Any, sX: cute.Tensor, sW: cute.Tensor, tiles: Tiles) -> Any:
+        """The tiles as TMA sees them: shared (TMA, STAGE); global (TMA, TILE, K_BLOCK) of x,
+        (TMA, K_BLOCK) of W."""
+
+    @abstractmethod
+    def enter(self, s: Shared) -> None:
+        """What the epilogue does before its first tile."""
+
+    @abstractmethod
+    def accumulate(self, s: Shared, tid: Int32, tiles: Tiles, turn: Int32, sink: Sink) -> None:
+        """Take part in the product of tile `turn`; all of the thread's sums go to `sink`."""
+
+    @abstractmethod
+    def leave(self) -> None:
+        """What the epilogue does behind its last."""
+
+    @abstractmethod
+    def issue(self, s: Shared, tiles: Tiles, warp: int) -> None:
+        """All that the MMA warp does; never run where there is none."""

@@ -1,0 +1,64 @@
+"""Runs a prefill kernel in the simulator, as `cute_router.gemm.prefill` launches it on a GPU."""
+
+import struct
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cute_router import Routing
+from cute_router.gemm.config import ceil_div
+from cute_router.gemm.prefill_config import PrefillConfig
+from ptx_sim.engine import policy_of
+from ptx_sim.launch import EMPTY, ptx_of, tensor_param
+from ptx_sim.machine import Machine
+from ptx_sim.memory import GlobalMemory
+from ptx_sim.program import load
+from ptx_sim.tensor import TensorMap
+
+DEPENDENT = frozenset(("weights", "ids"))  # of the kernel ahead, or like its; x by its tensor map
+
+
+def simulate_prefill(
+    config: PrefillConfig,
+    x: Tensor,
+    W: Tensor,
+    bias: Tensor | None,
+    *,
+    policy: str = "eager",
+    factor: float = 1.0,
+    ptx: str | None = None,
+) -> Routing:
+    """The outputs of one launch; raises a `SimulationError` if anything goes wrong on the way."""
+    c, N, k = config, x.shape[0], config.spec.top_k
+    memory = GlobalMemory()
+    weights = np.full(N * k, EMPTY, np.uint32)
+    ids = weights.copy()
+
+    def matrix(name: str, values: Tensor, rows: int) -> tuple[TensorMap, bytes]:
+        """A tensor map, and the sizes of the coordinate tensor that goes with it."""
+        bits = values.contiguous().view(torch.int16).numpy().view(np.uint16)
+        sizes = struct.pack("<2i", *values.shape)
+        return TensorMap(name, bits, values.shape[1], rows, after_wait=name == "x"), sizes
+
+    rows = c.tile_tokens // c.split_e if c.multicast else c.tile_tokens
+    params = [*matrix("x", x, rows), *matrix("W", W, c.tile_experts // c.team)]
+    if bias is not None:
+        params.append(tensor_param(memory, "bias", bias.numpy().view(np.uint32).copy()))
+    params.append(tensor_param(memory, "weights", weights, (N,)))
+    params.append(tensor_param(memory, "ids", ids, (N,)))
+    params.append(struct.pack("<f", factor))
+    Machine(
+        load(ptx or ptx_of(c)),
+        params,
+        memory,
+        policy_of(policy),
+        grid=(min(ceil_div(N, c.tile_tokens * c.team), c.clusters) * c.cluster, 1),
+        cluster_size=c.cluster,
+        shared_bytes=c.smem_bytes,
+        dependent=DEPENDENT,
+    ).run()
+    return Routing(
+        torch.from_numpy(weights.view(np.float32).reshape(N, k)),
+        torch.from_numpy(ids.view(np.int32).reshape(N, k)),
+    )

@@ -1,0 +1,144 @@
+"""The prefill kernels on a GPU: held to the oracle at many sizes, options and configurations.
+
+The host entry is called as the public functions call it, with arguments that are already checked.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from cases import FLASH, PRO, ROWS, SCORINGS, Case, Inputs, draw, ids
+from oracle import assert_routing
+
+from cute_router import RouterSpec, Routing
+from cute_router.arch import target_for
+
+pytestmark = pytest.mark.gpu
+
+SIZES = [
+    Case("one tile and a bit", *FLASH, 65),
+    Case("two tiles and a bit", *FLASH, 129),
+    Case("split K", *FLASH, 1000, padding=8),
+    Case("one tile for each cluster", *FLASH, 8192),
+    Case("several tiles for a cluster", *FLASH, 20000),
+    Case("the larger shape", *PRO, 129),
+    Case("the larger shape, many tokens", *PRO, 9000),
+    Case("one token", *PRO, 1),
+    Case("ragged K, padded rows", 256, 264, 1000, padding=56),
+    Case("ragged K and E", 300, 264, 129, top_k=8),
+    Case("one block of K", 144, 8, 3000, has_bias=False),
+    Case("few experts", 7, 264, 1000, top_k=3),
+    Case("one expert", 1, 8, 65, top_k=1),
+    Case("the most experts, the most chosen", 1024, 4096, 300, top_k=32),
+    Case("twice the experts", 512, 6144, 2000, top_k=8, scoring="sigmoid"),
+    Case("DeepSeek-V3", 256, 7168, 5000, 8, "sigmoid", True, 8, 4, factor=2.5),
+    Case("softmax", 384, 7168, 1000, 8, "softmax", False),
+]
+OPTIONS = [
+    Case("options", 256, 512, 300, 6, scoring, renormalize, n_group, topk_group, has_bias)
+    for scoring in SCORINGS
+    for renormalize, n_group, topk_group, has_bias in (
+        (True, 1, 1, True),
+        (False, 8, 4, False),
+    )
+]
+
+
+def options_of(case: Case, pdl: bool = True, batch_invariant: bool = False) -> tuple[Any, ...]:
+    return (
+        case.top_k,
+        case.scoring,
+        case.renormalize,
+        case.n_group,
+        case.topk_group,
+        batch_invariant,
+        pdl,
+    )
+
+
+def spec_of(case: Case) -> RouterSpec:
+    return RouterSpec(
+        case.E,
+        case.K,
+        case.top_k,
+        case.scoring,
+        case.renormalize,
+        case.has_bias,
+        case.n_group,
+        case.topk_group,
+    )
+
+
+def poisoned(case: Case) -> Routing:
+    shape = (case.N, case.top_k)
+    return Routing(
+        torch.full(shape, -123.0, device="cuda"),
+        torch.full(shape, -7, dtype=torch.int32, device="cuda"),
+    )
+
+
+def run(case: Case, inputs: Inputs, **launched: bool) -> Routing:
+    from cute_router.gemm import prefill
+
+    out = poisoned(case)
+    prefill.launch(*inputs, *out, spec_of(case), case.factor, options_of(case, **launched))
+    return out
+
+
+def assert_same_bits(actual: Routing, wanted: Routing) -> None:
+    assert torch.equal(actual.ids, wanted.ids)
+    assert torch.equal(actual.weights.view(torch.int32), wanted.weights.view(torch.int32))
+
+
+@pytest.mark.parametrize("case", SIZES + OPTIONS, ids=ids)
+def test_routes_as_the_oracle_does_and_gives_the_same_bits_again(case):
+    inputs = draw(case, "cuda")
+    first = run(case, inputs)
+    assert_routing(first, *inputs, **case.options)
+    for _ in range(5):
+        assert_same_bits(run(case, inputs), first)
+    assert_same_bits(run(case, inputs, pdl=False), first)
+
+
+@pytest.mark.parametrize("integer", [False, True], ids=["real", "tied"])
+@pytest.mark.parametrize("case", [*SIZES[2:4], SIZES[9], *OPTIONS], ids=ids)
+def test_routes_rows_of_every_kind_as_the_oracle_does(case, integer):
+    inputs = draw(case, "cuda", kinds=["ties"] if integer else list(ROWS), integer=integer)
+    assert_routing(run(case, inputs), *inputs, **case.options)
+
+
+@pytest.mark.parametrize("case", [SIZES[1], replace(SIZES[3], N=700)], ids=ids)
+def test_batch_invariant_calls_are_right(case):
+    inputs = draw(case, "cuda")
+    routing = run(case, inputs, batch_invariant=True)
+    assert_routing(routing, *inputs, **case.options)
+
+
+@pytest.mark.parametrize("case", [replace(SIZES[0], K=512, N=300), SIZES[9]], ids=ids)
+def test_every_candidate_is_right(case):
+    from cute_router import compile as compiler
+    from cute_router.prefill_heuristics import candidates
+
+    inputs = draw(case, "cuda", kinds=["normal", "ties", "nan"])
+    for config in candidates(spec_of(case), target_for(0)[1]):
+        out = poisoned(case)
+        kernel = compiler.kernel(replace(config, clusters=2))  # so that each has several tiles
+        kernel(*inputs, *out, case.factor)
+        assert_routing(out, *inputs, **case.options)
+
+
+def test_a_captured_graph_gives_the_eager_bits_for_what_its_inputs_hold_at_replay():
+    case = SIZES[2]
+    inputs = draw(case, "cuda")
+    run(case, inputs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(case, inputs)
+        run(case, inputs)
+    for seed in range(1, 4):
+        for tensor, new in zip(inputs, draw(case, "cuda", seed), strict=True):
+            tensor.copy_(new)
+        graph.replay()
+        assert_same_bits(captured, run(case, inputs))

@@ -1,0 +1,99 @@
+"""The prefill kernels, simulated from their PTX under eager, lazy and random asynchronous order.
+
+Simulated means functionally, on a CPU, by the PTX ISA as `ptx_sim` reads it; no GPU takes part.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import oracle
+import pytest
+import torch
+from cases import ROWS, Case, draw
+from ptx_sim.launch import ptx_of
+from ptx_sim.launch_prefill import simulate_prefill
+from ptx_sim.problem import assert_same, exact_inputs, expected, options_of
+
+from cute_router.gemm.prefill_config import PrefillConfig, can_implement
+from cute_router.spec import RouterSpec
+
+ORDERS = ["eager", "lazy", "random0", "random1"]
+GROUPS = {"n_group": 8, "topk_group": 4}
+
+# (config, N). K ends within a block; a CTA has one tile and several, a last one that is not full
+# and one in which some owners have no token; rings turn, and are longer than K.
+CONFIGS = [
+    (PrefillConfig(RouterSpec(100, 200), "sm_90a", 64, 1, 1, 3), 50),
+    (PrefillConfig(RouterSpec(64, 264), "sm_90a", 64, 1, 2, 2, 1), 100),
+    (PrefillConfig(RouterSpec(300, 200), "sm_90a", 128, 2, 1, 2, 1), 150),
+    (PrefillConfig(RouterSpec(256, 328), "sm_90a", 64, 2, 2, 2, 1, 16, multicast=True), 100),
+    (PrefillConfig(RouterSpec(144, 264), "sm_90a", 64, 2, 2, 2, 1, 16, True, team=2), 200),
+    (PrefillConfig(RouterSpec(100, 200), "sm_90a", 64, 1, 1, 2, 1, 8, team=4), 300),
+    (PrefillConfig(RouterSpec(144, 128, 32, has_bias=False), "sm_90a", 64, 4, 2, 2, 1, 8), 70),
+    (PrefillConfig(RouterSpec(300, 128, 8), "sm_90a", 128, 4, 1, 3, 1, 8, multicast=True), 140),
+    (PrefillConfig(RouterSpec(7, 8, 3, renormalize=False), "sm_90a", 128, 1, 1, 4, 1, 4), 1),
+    (PrefillConfig(RouterSpec(300, 200, 8, "softmax"), "sm_90a", 64, 2, 2, 2, lanes=32), 65),
+    (PrefillConfig(RouterSpec(256, 72, 8, "sigmoid", **GROUPS), "sm_90a", 128, lanes=32), 33),
+    (PrefillConfig(RouterSpec(100, 200), "sm_100a", 128, 1, 1, 3), 50),
+    (PrefillConfig(RouterSpec(300, 264), "sm_100a", 128, 2, 2, 2, 1), 150),
+    (PrefillConfig(RouterSpec(200, 200, 1, "sigmoid"), "sm_100a", 128, 1, 2, 2, 1), 130),
+    (PrefillConfig(RouterSpec(144, 72, 32), "sm_100a", 128, 4, 1, 4, 1, 16), 129),
+    (PrefillConfig(RouterSpec(256, 72, 8, "softmax", **GROUPS), "sm_100a", 128, lanes=32), 33),
+]
+
+
+def name_of(value: object) -> str:
+    if not isinstance(value, PrefillConfig):
+        return f"N{value}"
+    c, s = value, value.spec
+    split = f"tile{c.tile_tokens}-e{c.split_e}-k{c.split_k}-team{c.team}"
+    split += "-multicast" * c.multicast
+    return f"{c.arch}-E{s.num_experts}-K{s.hidden_size}-k{s.top_k}-{s.scoring}-{split}"
+
+
+@pytest.mark.parametrize(("config", "N"), CONFIGS, ids=name_of)
+def test_right_in_every_order_and_the_same_bits_in_all(config, N):
+    can_implement(config)
+    for ties in (False, True):
+        inputs = exact_inputs(config.spec, N, ties=ties)
+        wanted, first = expected(config.spec, *inputs), None
+        for order in ORDERS[ties::2]:
+            routing = simulate_prefill(config, *inputs, policy=order)
+            assert_same(routing, wanted)
+            first = first or routing
+            assert torch.equal(routing.weights, first.weights), f"{order}: not the same bits"
+
+
+@pytest.mark.parametrize("config", [CONFIGS[3][0], CONFIGS[12][0]], ids=name_of)
+def test_rows_of_every_kind_are_within_the_specification(config):
+    case = Case("every kind", config.spec.num_experts, config.spec.hidden_size, len(ROWS))
+    x, W, bias = draw(case, "cpu", kinds=list(ROWS))
+    routing = simulate_prefill(config, x, W, bias, policy="random7", factor=2.5)
+    oracle.assert_routing(routing, x, W, bias, routed_scaling_factor=2.5, **options_of(config.spec))
+
+
+def test_scores_that_differ_in_their_last_bits_are_told_apart():
+    config = CONFIGS[0][0]
+    x, W, bias = exact_inputs(config.spec, 20, ties=False)
+    bias = 1 + torch.randperm(config.spec.num_experts) * 2.0**-22
+    x = x * 0
+    routing = simulate_prefill(config, x, W, bias)
+    best = bias.topk(config.spec.top_k).indices
+    assert routing.ids.tolist() == [best.tolist()] * 20
+
+
+# --- what the simulator would say if a barrier were missing -----------------------------------
+
+
+def without(text: str, instruction: Callable[[str], bool]) -> str:
+    """PTX without the statements that are `instruction`."""
+    return "\n".join(line for line in text.splitlines() if not instruction(line))
+
+
+@pytest.mark.parametrize("config", [CONFIGS[3][0], CONFIGS[12][0]], ids=name_of)
+def test_a_reader_that_does_not_say_that_there_is_room_is_noticed(config):
+    config = replace(config, clusters=1)
+    ptx = without(ptx_of(config), lambda line: "mbarrier.arrive.release.cluster" in line)
+    inputs = exact_inputs(config.spec, 2 * config.tile_tokens, ties=False)
+    with pytest.raises(Exception, match="deadlock"):
+        simulate_prefill(config, *inputs, policy="random0", ptx=ptx)
