@@ -4,6 +4,10 @@
 
 builds the kernels of a router ahead of time, into the cache that `dense_decode` reads. It needs no
 GPU: the target is named.
+
+    python -m cute_router selftest --quick
+
+checks the kernels on this machine's GPU, times them, and prints a report.
 """
 
 import argparse
@@ -11,7 +15,10 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 
+import torch
+
 from cute_router import compile as compiler
+from cute_router import selftest
 from cute_router.arch import MAX_CLUSTER, TARGETS
 from cute_router.gemm.config import DecodeConfig, can_implement
 from cute_router.heuristics import MAX_TOKEN_TILE, decode_config
@@ -25,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     add_compile(commands)
+    add_selftest(commands)
     options = parser.parse_args(arguments)
     status: int = options.run(options)
     return status
@@ -114,6 +122,43 @@ def choose(options: argparse.Namespace) -> dict[DecodeConfig, list[int]]:
         can_implement(config)
         plan.setdefault(config, []).append(N)
     return plan
+
+
+def add_selftest(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The command that proves the package on a machine, or disproves it."""
+    parser = commands.add_parser(
+        "selftest",
+        help="check and time the kernels on this machine's GPU; exits with 1 if any is wrong",
+        description="Check every kernel against the fp64 reference, time the router, and print a"
+        " report for a bug tracker. Without a GPU the reference is checked, and no kernel.",
+    )
+    parser.add_argument("--quick", action="store_true", help="few kernels, less than a minute")
+    parser.add_argument("--device", type=device, help='default: "cuda" if there is one, or "cpu"')
+    parser.set_defaults(run=run_selftest, error=parser.error)
+
+
+def run_selftest(options: argparse.Namespace) -> int:
+    """Run the self-test with the chosen device as the current one."""
+    found = torch.cuda.is_available()
+    chosen = options.device or torch.device("cuda" if found else "cpu")
+    if chosen.type == "cpu":
+        return selftest.run(chosen, options.quick)
+    if not found or (chosen.index or 0) >= torch.cuda.device_count():
+        options.error(f"argument --device: there is no {chosen}")
+    index = torch.cuda.current_device() if chosen.index is None else chosen.index
+    with torch.cuda.device(index):
+        return selftest.run(torch.device("cuda", index), options.quick)
+
+
+def device(text: str) -> torch.device:
+    """A CUDA device or the CPU, from the command line."""
+    try:
+        chosen = torch.device(text)
+    except RuntimeError:
+        chosen = None
+    if chosen is None or chosen.type not in ("cuda", "cpu"):
+        raise argparse.ArgumentTypeError(f'must be "cuda", "cuda:N" or "cpu"; got {text!r}')
+    return chosen
 
 
 def token_count(text: str) -> int:
