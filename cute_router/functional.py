@@ -136,8 +136,8 @@ def hash_route(
         scoring: "sqrtsoftplus", "sigmoid" or "softmax" (over all E experts, whose products are then
             all computed). Of no effect without x and W, as is `renormalize`.
         renormalize: divide a token's weights by their sum; where that is 0 they are 0.
-        pdl: launch under programmatic dependent launch; see `dense_decode`. The table is read before
-            the wait for the kernel ahead: pass False where that writes it.
+        pdl: launch under programmatic dependent launch; see `dense_decode`. The table is read
+            before the wait for the kernel ahead: pass False where that writes it.
         out_weights, out_ids: where to write the result, as for `dense_decode`.
 
     Returns:

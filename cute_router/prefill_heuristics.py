@@ -21,7 +21,9 @@ from cute_router.spec import RouterSpec
 from cute_router.topk.config import WARP, at_most
 
 SMS = 132
-MAX_CLUSTER = 8  # CTAs; a cluster of 16 leaves SMs idle that belong to no group of 16
+# Clusters that run at once, by their size, of CTAs that fill an SM each. An H200 says so for 2 and
+# 8; for 4 it follows from where its SMs are. One cluster more would take a turn of its own.
+AT_ONCE = {1: 132, 2: 66, 4: 30, 8: 15}
 MAX_STAGES = 8
 FEW_STAGES = 4  # with fewer, loads do not keep ahead
 
@@ -58,7 +60,7 @@ def candidates(
         (128, 64) if hopper else (128,), (1, 2, 4, 8), (1, 2, 4, 8), (1, 2) if hopper else (1,)
     ):
         cluster = team * split_e * split_k
-        if cluster > MAX_CLUSTER or split_k > ceil_div(spec.hidden_size, TILE_K):
+        if cluster not in AT_ONCE or split_k > ceil_div(spec.hidden_size, TILE_K):
             continue
         config = PrefillConfig(
             spec,
@@ -67,7 +69,7 @@ def candidates(
             split_e,
             split_k,
             stages=2,
-            clusters=max(1, sms // cluster),
+            clusters=max(1, AT_ONCE[cluster] * sms // SMS),
             multicast=hopper and split_e > 1,
             team=team,
             pdl=pdl,

@@ -25,8 +25,6 @@ from cutlass import Boolean, Int32, Uint32
 from cute_router.topk.config import BLOCK
 from cute_router.topk.network import best_half, less, sort
 
-ABREAST = 2  # lists that are sorted side by side
-
 
 class Pick(NamedTuple):
     """The best entries of a row; the same in all its lanes."""
@@ -74,17 +72,14 @@ class Lanes:
         Every lane of the warp calls; `lane` counts within the row.
         """
         ours: list[Uint32] = []
-        batches: list[list[Uint32]] = [[]]
+        pending: list[Uint32] = []
         for block in range(self.blocks):
             for i, key in enumerate(keys(block)):
                 code = self.low ^ self.offset(block, i)  # the lane comes in below
-                batches[-1].append(merge_bits(key, self.low, code))
-            if len(batches[-1]) == self.width:
-                if len(batches) == ABREAST or block == self.blocks - 1:
-                    for batch in sort(batches):
-                        ours = best_half(ours, batch) if ours else batch
-                    batches = []
-                batches.append([])
+                pending.append(merge_bits(key, self.low, code))
+            if len(pending) == self.width:
+                batch, pending = sort(pending), []
+                ours = best_half(ours, batch) if ours else batch
         best = ours = [word ^ Uint32(lane * self.run) for word in ours]
         distance = 1
         while distance < self.lanes:

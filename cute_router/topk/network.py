@@ -1,7 +1,6 @@
 """Sorting networks over words in a thread's registers: no branch, no index known only at run time.
 
-    sort        lists, best first (Batcher's odd-even merge sort), side by side: steps of one fill
-                the time in which those of another wait for each other
+    sort        a list, best first (Batcher's odd-even merge sort)
     best_half   of two sorted lists of W words the W best, sorted: W maxima leave a bitonic
                 sequence, which log2(W) half-cleaners sort
 
@@ -30,13 +29,12 @@ def less(a: Uint32, b: Uint32) -> Uint32:
     )
 
 
-def sort(lists: list[list[Uint32]]) -> list[list[Uint32]]:
-    """Lists of one length, a power of two, each in descending order."""
-    lists = [list(words) for words in lists]
-    for i, j in _odd_even_pairs(len(lists[0])):
-        for words in lists:
-            words[i], words[j] = greater(words[i], words[j]), less(words[i], words[j])
-    return lists
+def sort(words: list[Uint32]) -> list[Uint32]:
+    """`words`, as many as a power of two, in descending order."""
+    words = list(words)
+    for i, j in _odd_even_pairs(len(words)):
+        words[i], words[j] = greater(words[i], words[j]), less(words[i], words[j])
+    return words
 
 
 def best_half(ours: list[Uint32], theirs: list[Uint32]) -> list[Uint32]:
