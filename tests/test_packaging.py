@@ -12,8 +12,10 @@ import cute_router
 ROOT = Path(__file__).parent.parent
 
 
-def test_importing_the_package_brings_no_kernel_compiler():
-    code = "import cute_router, sys; print(*({'cutlass', 'tvm_ffi'} & set(sys.modules)))"
+@pytest.mark.parametrize("module", ["cute_router", "cute_router.integrations.transformers"])
+def test_importing_the_package_brings_no_kernel_compiler_and_no_other_library(module):
+    heavy = {"cutlass", "tvm_ffi", "transformers"}
+    code = f"import {module}, sys; print(*({heavy} & set(sys.modules)))"
     imported = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT)
     assert imported.split() == []
 
