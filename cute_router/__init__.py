@@ -12,7 +12,14 @@ import cute_router.ops  # defines torch.ops.cute_router
 import cute_router.topk  # noqa: F401  before the function of this name, which it would replace
 from cute_router import reference
 from cute_router.arch import backend_for
-from cute_router.functional import activation_topk, dense_decode, hash_route, topk
+from cute_router.functional import (
+    activation_topk,
+    dense_decode,
+    dense_prefill,
+    hash_route,
+    route,
+    topk,
+)
 from cute_router.router import Router
 from cute_router.spec import RouterSpec, Routing, TopK
 
@@ -30,8 +37,10 @@ __all__ = [
     "activation_topk",
     "backend_for",
     "dense_decode",
+    "dense_prefill",
     "hash_route",
     "reference",
+    "route",
     "topk",
     "warmup",
 ]

@@ -21,7 +21,7 @@ from cute_router import compile as compiler
 from cute_router import selftest
 from cute_router.arch import MAX_CLUSTER, TARGETS
 from cute_router.gemm.config import DecodeConfig, can_implement
-from cute_router.heuristics import MAX_TOKEN_TILE, decode_config
+from cute_router.heuristics import MAX_BUCKET, decode_config
 from cute_router.spec import SCORINGS, RouterSpec
 
 
@@ -60,9 +60,9 @@ def add_compile(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "--tokens",
         type=token_count,
         nargs="+",
-        default=range(1, MAX_TOKEN_TILE + 1),
+        default=range(1, MAX_BUCKET + 1),
         metavar="N",
-        help=f"batch sizes to serve (default: 1 to {MAX_TOKEN_TILE}, which serve larger ones too)",
+        help=f"batch sizes to serve (default: 1 to {MAX_BUCKET}, which serve larger ones too)",
     )
     add("--batch-invariant", action="store_true", help="as batch_invariant=True of dense_decode")
     add(

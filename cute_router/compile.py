@@ -179,13 +179,13 @@ def _warn_once(folder: Path, reason: str) -> None:
 
 def warmup(
     spec: RouterSpec,
-    tokens: Iterable[int] = (1, 8, 16, 32, 64),
+    tokens: Iterable[int] = (1, 8, 16, 32, 64, 128),
     device: torch.device | str = "cuda",
     *,
     batch_invariant: bool = False,
     pdl: bool = True,
 ) -> None:
-    """Compile and load the `dense_decode` kernels of `spec`, and run each once on zeros.
+    """Compile and load the kernels of `route` for `spec`, and run each once on zeros.
 
     Call it before capturing CUDA graphs: nothing can be compiled or loaded inside a capture. On
     the CPU there is nothing to do.
@@ -194,9 +194,9 @@ def warmup(
         spec: the router.
         tokens: batch sizes N that will be used; sizes that share a kernel cost nothing more.
         device: the CUDA device, "cuda" for the current one.
-        batch_invariant, pdl: as they will be given to `dense_decode`.
+        batch_invariant, pdl: as they will be given to `route`.
     """
-    from cute_router.functional import dense_decode
+    from cute_router.functional import route
 
     device = torch.device(device)
     if device.type == "cpu":
@@ -204,7 +204,7 @@ def warmup(
     W = torch.zeros(spec.num_experts, spec.hidden_size, dtype=torch.bfloat16, device=device)
     bias = torch.zeros(spec.num_experts, device=device) if spec.has_bias else None
     for N in tokens:
-        dense_decode(
+        route(
             W.new_zeros(N, spec.hidden_size),
             W,
             bias,

@@ -1,9 +1,9 @@
 """What the public functions do with tensors that are there: validate, allocate, launch.
 
 Engines call these thousands of times a second, so on CUDA a call first takes the short way
-(`gemm.decode.fast`, `topk.hash.fast`), which leaves most checks to the kernel's compiled host code.
-A call that is refused there, or is not of that kind, goes through every check and learns what is
-wrong with it.
+(the `fast` of its backend), which leaves most checks to the kernel's compiled host code. A call
+that is refused there, or is not of that kind, goes through every check and learns what is wrong
+with it.
 
 A backend is a module with a `launch`. Those of CUDA are imported at their first call: they bring
 the kernel compiler with them. That of CPU tensors is the specification (`cpu`).
@@ -20,8 +20,16 @@ import torch
 from torch import Tensor
 
 from cute_router import cpu
+from cute_router.heuristics import DECODE_TOKENS
 from cute_router.spec import Routing, Scoring, TopK
-from cute_router.validate import check, check_hash, check_logits, check_plain, check_topk
+from cute_router.validate import (
+    Options,
+    check,
+    check_hash,
+    check_logits,
+    check_plain,
+    check_topk,
+)
 
 
 def dense_decode(
@@ -41,18 +49,73 @@ def dense_decode(
 ) -> Routing:
     """`functional.dense_decode`."""
     options = (top_k, scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
+    return _dense("gemm.decode", x, W, bias, routed_scaling_factor, options, out_weights, out_ids)
+
+
+def dense_prefill(
+    x: Tensor,
+    W: Tensor,
+    bias: Tensor | None = None,
+    top_k: int = 6,
+    routed_scaling_factor: float = 1.0,
+    scoring: Scoring = "sqrtsoftplus",
+    renormalize: bool = True,
+    n_group: int = 1,
+    topk_group: int = 1,
+    batch_invariant: bool = False,
+    pdl: bool = True,
+    out_weights: Tensor | None = None,
+    out_ids: Tensor | None = None,
+) -> Routing:
+    """`functional.dense_prefill`."""
+    options = (top_k, scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
+    return _dense("gemm.prefill", x, W, bias, routed_scaling_factor, options, out_weights, out_ids)
+
+
+def route(
+    x: Tensor,
+    W: Tensor,
+    bias: Tensor | None = None,
+    top_k: int = 6,
+    routed_scaling_factor: float = 1.0,
+    scoring: Scoring = "sqrtsoftplus",
+    renormalize: bool = True,
+    n_group: int = 1,
+    topk_group: int = 1,
+    batch_invariant: bool = False,
+    pdl: bool = True,
+    out_weights: Tensor | None = None,
+    out_ids: Tensor | None = None,
+) -> Routing:
+    """`functional.route`."""
+    options = (top_k, scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
+    many = isinstance(x, Tensor) and x.ndim == 2 and x.shape[0] > DECODE_TOKENS
+    name = "gemm.prefill" if many else "gemm.decode"
+    return _dense(name, x, W, bias, routed_scaling_factor, options, out_weights, out_ids)
+
+
+def _dense(
+    name: str,
+    x: Tensor,
+    W: Tensor,
+    bias: Tensor | None,
+    factor: float,
+    options: Options,
+    out_weights: Tensor | None,
+    out_ids: Tensor | None,
+) -> Routing:
+    """Route hidden states; on CUDA by the backend `name`."""
     if isinstance(x, Tensor) and x.is_cuda:
-        routing: Routing | None = _cuda("gemm.decode").fast(
-            x, W, bias, routed_scaling_factor, options, out_weights, out_ids
-        )
+        fast = _cuda(name).fast
+        routing: Routing | None = fast(x, W, bias, factor, options, out_weights, out_ids)
         if routing is not None:
             return routing
-    N, spec = check(x, W, bias, routed_scaling_factor, options)
-    weights = _output("out_weights", out_weights, (N, top_k), torch.float32, x.device)
-    ids = _output("out_ids", out_ids, (N, top_k), torch.int32, x.device)
+    N, spec = check(x, W, bias, factor, options)
+    weights = _output("out_weights", out_weights, (N, spec.top_k), torch.float32, x.device)
+    ids = _output("out_ids", out_ids, (N, spec.top_k), torch.int32, x.device)
     if N > 0:
-        launch = _cuda("gemm.decode").launch if x.is_cuda else cpu.dense
-        launch(x, W, bias, weights, ids, spec, float(routed_scaling_factor), options)
+        launch = _cuda(name).launch if x.is_cuda else cpu.dense
+        launch(x, W, bias, weights, ids, spec, float(factor), options)
     return Routing(weights, ids)
 
 

@@ -42,8 +42,8 @@ def dense_decode(
     `top_k` of highest a + bias, equals by ascending id; their weights are
     a / sum(a) * routed_scaling_factor, the sum over the chosen ones. This is the gate of
     DeepSeek-V4 (of DeepSeek-V3 with `scoring="sigmoid"` and groups). `cute_router.reference` is the
-    specification in fp64, NaN and infinities included. The kernel is tuned for N up to 64; any N
-    works.
+    specification in fp64, NaN and infinities included. The kernel is tuned for N up to 128; any
+    N works, and `route` picks another one for more.
 
     Args:
         x: hidden states, bf16 [N, K]; N may be 0. K is a multiple of 8.
@@ -99,10 +99,68 @@ def dense_decode(
             out_ids,
         )
     options = (scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
-    if not is_compiling():
-        check(x, W, bias, routed_scaling_factor, (top_k, *options))
     call = (x, W, bias, top_k, routed_scaling_factor, *options)
-    return _by_op(ops.dense_decode, call, (x, W), out_weights, out_ids)
+    return _dense_op(ops.dense_decode, call, out_weights, out_ids)
+
+
+def dense_prefill(
+    x: Tensor,
+    W: Tensor,
+    bias: Tensor | None = None,
+    *,
+    top_k: int = 6,
+    routed_scaling_factor: float = 1.0,
+    scoring: Scoring = "sqrtsoftplus",
+    renormalize: bool = True,
+    n_group: int = 1,
+    topk_group: int = 1,
+    batch_invariant: bool = False,
+    pdl: bool = True,
+    out_weights: Tensor | None = None,
+    out_ids: Tensor | None = None,
+) -> Routing:
+    """Choose and weigh the experts of each token of a large batch, in one kernel launch.
+
+    The mathematics, the arguments, the result and the errors are those of `dense_decode`; the
+    kernel is another one, tuned for more tokens: tokens are on the wide side of its MMAs, and
+    logits never leave the SMs. Any N works; `route` picks by it. A token's bits may differ in their
+    last places from those of `dense_decode`, unless `batch_invariant` is set, which has both run
+    the same kernel.
+    """
+    options = (scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
+    call = (x, W, bias, top_k, routed_scaling_factor, *options)
+    if not (is_compiling() or _recorded(x, W)):
+        return eager.dense_prefill(*call, out_weights, out_ids)
+    return _dense_op(ops.dense_prefill, call, out_weights, out_ids)
+
+
+def route(
+    x: Tensor,
+    W: Tensor,
+    bias: Tensor | None = None,
+    *,
+    top_k: int = 6,
+    routed_scaling_factor: float = 1.0,
+    scoring: Scoring = "sqrtsoftplus",
+    renormalize: bool = True,
+    n_group: int = 1,
+    topk_group: int = 1,
+    batch_invariant: bool = False,
+    pdl: bool = True,
+    out_weights: Tensor | None = None,
+    out_ids: Tensor | None = None,
+) -> Routing:
+    """Choose and weigh the experts of each token: `dense_decode` or `dense_prefill`, by N.
+
+    The first serves up to 128 tokens, the second more, as measured on an H200 (docs/perf_log.md);
+    with `batch_invariant` there is no difference. Arguments, result and errors are those of
+    `dense_decode`.
+    """
+    options = (scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
+    call = (x, W, bias, top_k, routed_scaling_factor, *options)
+    if not (is_compiling() or _recorded(x, W)):
+        return eager.route(*call, out_weights, out_ids)
+    return _dense_op(ops.route, call, out_weights, out_ids)
 
 
 def hash_route(
@@ -263,6 +321,16 @@ def _recorded(*inputs: Any) -> bool:
             if getattr(t, "requires_grad", False):
                 return True
     return False
+
+
+def _dense_op(
+    op: Any, call: tuple[Any, ...], out_weights: Tensor | None, out_ids: Tensor | None
+) -> Routing:
+    """The torch op of a dense function; what tracers have no values of is not checked."""
+    x, W, bias, top_k, factor, *options = call
+    if not is_compiling():
+        check(x, W, bias, factor, (top_k, *options))
+    return _by_op(op, call, (x, W), out_weights, out_ids)
 
 
 def _by_op(

@@ -9,7 +9,8 @@ from cute_router.arch import MAX_CLUSTER
 from cute_router.gemm.config import MAX_SMEM, TILE_K, DecodeConfig, ceil_div
 from cute_router.spec import RouterSpec
 
-MAX_TOKEN_TILE = 64
+MAX_BUCKET = 128
+DECODE_TOKENS = 128  # up to so many the decode kernel is the faster one (docs/perf_log.md)
 FEWEST = 2  # tokens of the smallest bucket
 WAVE = 128  # CTAs that run at once on every GPU this serves
 WAVE_ALONE = 112  # CTAs that do, in clusters of 16, each alone on its SM (H200: 7 clusters)
@@ -17,11 +18,11 @@ SMALL_WEIGHTS = 4 << 20  # bytes of W
 
 
 def token_bucket(N: int) -> int:
-    """The batch sizes that share a configuration: 2, or the power of two from 8 to 64 that holds N.
+    """The batch sizes that share a configuration: 2, or the power of two from 8 to 128 with N.
 
-    Larger batches take several tiles of the largest.
+    Larger batches take more tiles of the largest.
     """
-    return FEWEST if N <= FEWEST else min(max(8, 1 << (N - 1).bit_length()), MAX_TOKEN_TILE)
+    return FEWEST if N <= FEWEST else min(max(8, 1 << (N - 1).bit_length()), MAX_BUCKET)
 
 
 def decode_config(
@@ -39,13 +40,17 @@ def decode_config(
     same order, whatever its batch. `max_cluster` is 16, or 8 where clusters of 16 do not start.
     """
     bucket = token_bucket(N)
-    tile_tokens = 16 if batch_invariant else max(bucket, 8)
+    tile_tokens = 16 if batch_invariant else min(max(bucket, 8), 64)
     if arch != "sm_90a":
         tile_tokens = max(tile_tokens, 16)  # tcgen05 with N = 8 is not relied upon
     split_k = largest_split(spec.hidden_size, max_cluster)
-    # At 64 tokens more CTAs beat wider tiles, as long as they start together (H200: 132 SMs).
-    if tile_tokens == 64:
-        if split_k >= 8 and ceil_div(spec.num_experts, 64) * 8 * 4 <= WAVE:
+    # From 64 tokens on more CTAs beat wider tiles, as long as they start together.
+    tiles = ceil_div(spec.num_experts, 64)
+    if bucket == 128 and not batch_invariant:
+        while split_k > 2 and 2 * tiles * split_k > WAVE:
+            split_k //= 2
+    elif tile_tokens == 64:
+        if split_k >= 8 and tiles * 8 * 4 <= WAVE:
             tile_tokens, split_k = 16, 8
         else:
             tile_tokens = 32
@@ -76,8 +81,8 @@ def beside_its_neighbours(config: DecodeConfig, bucket: int) -> DecodeConfig:
     behind needs all the time it can get. The smallest batches want it later still.
     """
     ctas = config.expert_tiles * config.split_k * ceil_div(bucket, config.tile_tokens)
-    if bucket == MAX_TOKEN_TILE:  # serves larger batches too
-        return replace(config, trigger="start")
+    if bucket >= 64:
+        return replace(config, trigger="start" if bucket == 64 else "wait")
     small = config.spec.num_experts * config.spec.hidden_size * 2 <= SMALL_WEIGHTS
     if ctas > WAVE_ALONE:
         trigger = "wait"

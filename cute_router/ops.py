@@ -1,8 +1,9 @@
 """torch.ops.cute_router: the public functions as torch ops, for torch.compile and autograd.
 
-    dense_decode, hash_route, activation_topk, topk    new outputs; differentiable
-    the same with overload `.out`                      outputs given, and nothing returned
-    route_by_handle                                    a Router's forward, by `Router.handle`
+    dense_decode, dense_prefill, route,
+    hash_route, activation_topk, topk       new outputs; differentiable
+    the same with overload `.out`           outputs given, and nothing returned
+    route_by_handle                         a Router's forward, by `Router.handle`
 
 Each runs the functions of `eager` on CPU and CUDA tensors, and has shapes for tracing. Arguments
 have the names and defaults of the public functions, and can all be given by position, but for the
@@ -120,16 +121,17 @@ _ROUTING = "(Tensor weights, Tensor ids)"
 _OUT_ROUTING = "Tensor(a!) out_weights, Tensor(b!) out_ids"
 
 _DENSE = f"Tensor x, Tensor W, Tensor? bias=None, {_DENSE_OPTIONS}"
-_define(
-    "dense_decode",
-    _DENSE,
-    _ROUTING,
-    eager.dense_decode,
-    _dense_shapes,
-    gradient.save_dense,
-    gradient.of_dense,
-)
-_define_out("dense_decode", _DENSE, _OUT_ROUTING, eager.dense_decode)
+for _function in (eager.dense_decode, eager.dense_prefill, eager.route):
+    _define(
+        _function.__name__,
+        _DENSE,
+        _ROUTING,
+        _function,
+        _dense_shapes,
+        gradient.save_dense,
+        gradient.of_dense,
+    )
+    _define_out(_function.__name__, _DENSE, _OUT_ROUTING, _function)
 
 _HASH = f"Tensor token_ids, Tensor table, Tensor? x=None, Tensor? W=None, {_HASH_OPTIONS}"
 _define(

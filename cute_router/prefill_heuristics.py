@@ -1,39 +1,40 @@
-"""Which configuration serves a prefill: a pure function, by arithmetic that measurements correct.
+"""Which configuration serves a prefill: a pure function, by a model fitted to measurements.
 
 Nothing here looks at a GPU: the caller says for which target, and how many SMs it has.
 
-    cycles = turns * (K blocks * max(multiply, load) + exchange + choice) + start
+    cycles = turns * (K blocks * max(multiply, load, wait) + chains + exchange + choice) + start
 
-of the CTA that has most to do. What wins is the configuration with the fewest; of equals the first.
+of the CTA that has most to do; its constants are a fit to 140 times on an H200 (docs/perf_log.md),
+within 8 % of them on average. What wins is the configuration with the fewest; of equals the first.
 """
 
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
+from math import log2
 
 from cute_router.gemm.config import MAX_SMEM, TILE_K, ceil_div
-from cute_router.gemm.prefill_config import (
-    MAX_MMA_EXPERTS,
-    PrefillConfig,
-    can_implement,
-)
+from cute_router.gemm.prefill_config import PrefillConfig, can_implement
 from cute_router.spec import RouterSpec
 from cute_router.topk.config import WARP, at_most
 
 SMS = 132
-# Clusters that run at once, by their size, of CTAs that fill an SM each. An H200 says so for 2 and
-# 8; for 4 it follows from where its SMs are. One cluster more would take a turn of its own.
-AT_ONCE = {1: 132, 2: 66, 4: 30, 8: 15}
+# Clusters that run at once, by their size, of CTAs that fill an SM each, as an H200 says
+# (cuOccupancyMaxActiveClusters). One cluster more would take a turn of its own.
+AT_ONCE = {1: 132, 2: 66, 3: 39, 4: 30, 6: 17, 8: 15, 16: 7}
 MAX_STAGES = 8
-FEW_STAGES = 4  # with fewer, loads do not keep ahead
+FEWEST_TOKENS = 64  # of the smallest bucket
 
-MACS = 2048  # of one SM in a cycle, bf16; on sm_90
-INGRESS = 64  # bytes that an SM takes in a cycle
-SUPPLY = 28  # bytes that the L2 gives in a cycle to each of SMS; multicast ones count once
-EXCHANGED = 24  # bytes of logits that an SM sends in a cycle
-CHOOSING = 0.3  # cycles for each logit that a CTA looks at
-ADDING = 0.05  # cycles for each partial sum of one, beyond the first
-START = 4000  # cycles: launch, first loads, last stores
+# All in cycles of an SM, or bytes in one.
+MMA_START = 30  # of each MMA of 64 tokens and 16 of K, beside half a cycle for an expert
+INGRESS = 64  # bytes into an SM
+SUPPLY = 47  # bytes from the L2 to each of SMS; what is multicast counts once
+LATENCY = 2000  # from a free stage to a full one
+CHAIN = 1200  # between two chains of MMAs
+EXCHANGED = 17  # bytes of logits out of an SM
+CHOOSING, ADDING = 0.35, 0.2  # for a logit, and for each of its partial sums beyond the first
+CHOICE_START = 1000  # for each tile
+CLUSTER_START = 1600  # for each doubling of the cluster
 
 
 def prefill_config(
@@ -46,20 +47,23 @@ def prefill_config(
 
 def token_bucket(N: int) -> int:
     """The batch sizes that share a configuration: a power of two from 64, or half way to it."""
-    power = max(64, 1 << (N - 1).bit_length())
+    power = max(FEWEST_TOKENS, 1 << (N - 1).bit_length())
     less = power // 4 * 3
-    return less if 64 < N <= less else power
+    return less if FEWEST_TOKENS < N <= less else power
 
 
 def candidates(
     spec: RouterSpec, arch: str, sms: int = SMS, *, pdl: bool = True
 ) -> Iterator[PrefillConfig]:
-    """Configurations worth measuring."""
+    """Configurations worth measuring. Three parts of K were never the best."""
     hopper = arch == "sm_90a"
-    for tile_tokens, split_e, split_k, team in product(
-        (128, 64) if hopper else (128,), (1, 2, 4, 8), (1, 2, 4, 8), (1, 2) if hopper else (1,)
+    for tile_tokens, split_e, split_k, overlay in product(
+        (128, 64) if hopper else (128,),
+        (1, 2, 3, 4, 8),
+        (1, 2, 4, 8),
+        (True, False) if hopper else (False,),
     ):
-        cluster = team * split_e * split_k
+        cluster = split_e * split_k
         if cluster not in AT_ONCE or split_k > ceil_div(spec.hidden_size, TILE_K):
             continue
         config = PrefillConfig(
@@ -68,16 +72,16 @@ def candidates(
             tile_tokens,
             split_e,
             split_k,
-            stages=2,
+            stages=MAX_STAGES,
             clusters=max(1, AT_ONCE[cluster] * sms // SMS),
-            multicast=hopper and split_e > 1,
-            team=team,
+            multicast=hopper and split_e in (2, 4, 8),
+            overlay=overlay,
             pdl=pdl,
         )
-        config = replace(config, lanes=lanes_of(config))
-        if config.tile_experts <= MAX_MMA_EXPERTS and config.smem_bytes <= MAX_SMEM:
-            config = deepest(config)
-            can_implement(config)
+        config = deepest(replace(config, lanes=lanes_of(config)))
+        if overlay and deepest(replace(config, overlay=False)).stages == config.stages:
+            continue  # there is room beside the ring
+        if fits(config):
             yield config
 
 
@@ -85,27 +89,41 @@ def lanes_of(config: PrefillConfig) -> int:
     """Lanes for each token: 8, or as many as there are while tokens are few."""
     if not config.by_words:
         return WARP
-    fewest = ceil_div(WARP, config.owned)
-    spare = min(WARP, config.epilogue_threads // config.owned)
-    return max(fewest, at_most(max(8, spare), config.spec.num_experts))
+    spare = config.epilogue_threads // config.owned
+    lanes = 1 << max(3, min(5, spare.bit_length() - 1))
+    return at_most(lanes, config.spec.num_experts)
 
 
 def deepest(config: PrefillConfig) -> PrefillConfig:
     """`config` with as many stages as fit."""
-    room = MAX_SMEM - replace(config, stages=0).smem_bytes
-    return replace(config, stages=min(MAX_STAGES, room // config.tile_bytes))
+    stages = MAX_STAGES
+    while stages > 2 and replace(config, stages=stages).smem_bytes > MAX_SMEM:
+        stages -= 1
+    return replace(config, stages=stages)
+
+
+def fits(config: PrefillConfig) -> bool:
+    """Whether `config` can be built."""
+    try:
+        can_implement(config)
+    except ValueError:
+        return False
+    return True
 
 
 def cycles(config: PrefillConfig, N: int) -> float:
     """An estimate of the time of a launch."""
     c = config
-    turns = ceil_div(ceil_div(N, c.team * c.tile_tokens), c.clusters)
-    multiply = c.tile_tokens * c.tile_experts * TILE_K / MACS
+    tiles = ceil_div(N, c.tile_tokens)
+    turns = ceil_div(tiles, c.clusters)
+    active = min(c.clusters, tiles) * c.cluster
+    multiply = c.tile_tokens / 64 * TILE_K / 16 * (c.tile_experts / 2 + MMA_START)
     x_bytes, w_bytes = (rows * TILE_K * 2 for rows in (c.tile_tokens, c.tile_experts))
-    supply = x_bytes / (c.split_e if c.multicast else 1) + w_bytes / c.team
-    active = min(c.clusters, ceil_div(N, c.team * c.tile_tokens)) * c.cluster
-    load = max(c.tile_bytes / INGRESS, supply / (SUPPLY * SMS / active))
-    block = max(multiply, load) * max(1.0, FEW_STAGES / c.stages)
+    supplied = (x_bytes / c.loaders + w_bytes) / (SUPPLY * SMS / active)
+    block = max(multiply, c.tile_bytes / INGRESS, supplied, LATENCY / (c.stages - 1))
+    chains = CHAIN * (ceil_div(c.k_blocks, c.chain) - 1)
     exchange = c.tile_tokens * c.tile_experts * 4 / EXCHANGED
-    choice = c.owned * c.spec.num_experts * (CHOOSING + ADDING * (c.split_k - 1))
-    return turns * (c.k_blocks * block + exchange + choice) + START
+    adding = ADDING * (c.split_k - 1)
+    choice = c.owned * c.spec.num_experts * (CHOOSING + adding) + CHOICE_START
+    start = CLUSTER_START * log2(c.cluster)
+    return turns * (c.k_blocks * block + chains + exchange + choice) + start

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from cute_router import checkpoint, handles
-from cute_router.functional import dense_decode, hash_route
+from cute_router.functional import hash_route, route
 from cute_router.spec import RouterSpec, Routing, check_bool, check_int, type_name
 from cute_router.validate import INT32_MAX, INTEGERS, check_factor, check_tensor, sizes
 
@@ -32,7 +32,7 @@ NAMES = {"weight": "weight", "bias": "e_score_correction_bias", "table": "tid2ei
 
 
 class Router(nn.Module):
-    """Chooses and weighs the experts of each token: `dense_decode` or `hash_route`, with its state.
+    """Chooses and weighs the experts of each token: `route` or `hash_route`, with its state.
 
     In "dense" mode the scores choose; in "hash" mode, that of the first layers of DeepSeek-V4, a
     table chooses by token id and the scores weigh. The spec's bias and groups take part in the
@@ -124,7 +124,7 @@ class Router(nn.Module):
                 so that all layers can be called alike.
 
         Returns:
-            Routing(weights fp32 [..., k], ids int32 [..., k]); see `dense_decode`, `hash_route`.
+            Routing(weights fp32 [..., k], ids int32 [..., k]); see `route`, `hash_route`.
 
         Raises:
             TypeError, ValueError: as those two.
@@ -159,7 +159,7 @@ class Router(nn.Module):
                 renormalize=spec.renormalize,
                 pdl=self.pdl,
             )
-        return dense_decode(
+        return route(
             x,
             W,
             self.e_score_correction_bias,

@@ -10,7 +10,7 @@ import pytest
 
 from cute_router import RouterSpec
 from cute_router.gemm.config import MAX_SMEM, TILE_K, can_implement
-from cute_router.heuristics import MAX_TOKEN_TILE, decode_config, resident, token_bucket
+from cute_router.heuristics import MAX_BUCKET, decode_config, resident, token_bucket
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,7 +36,7 @@ def specs(E: int):
 @pytest.mark.parametrize("E", EXPERTS)
 def test_every_router_within_the_limits_gets_a_configuration_that_can_run(E, arch, max_cluster):
     for spec in specs(E):
-        for N in (1, 8, 16, 32, 64):
+        for N in (1, 8, 16, 32, 64, 128):
             config = decode_config(spec, N, arch, max_cluster=max_cluster)
             can_implement(config)
             assert config.split_k <= max_cluster
@@ -66,9 +66,9 @@ def test_batches_of_one_bucket_share_their_configuration(spec, arch):
 def test_a_bucket_holds_its_batches_and_never_shrinks_as_they_grow():
     buckets = [token_bucket(N) for N in range(1, 201)]
     assert buckets == sorted(buckets)
-    assert set(buckets) == {2, 8, 16, 32, 64}
-    assert all(N <= token_bucket(N) < 2 * max(N, 8) for N in range(1, MAX_TOKEN_TILE + 1))
-    assert set(buckets[MAX_TOKEN_TILE - 1 :]) == {MAX_TOKEN_TILE}
+    assert set(buckets) == {2, 8, 16, 32, 64, 128}
+    assert all(N <= token_bucket(N) < 2 * max(N, 8) for N in range(1, MAX_BUCKET + 1))
+    assert set(buckets[MAX_BUCKET - 1 :]) == {MAX_BUCKET}
 
 
 @pytest.mark.parametrize("N", [1, 64])

@@ -39,10 +39,10 @@ CHOSEN = {
     for name, spec in OTHERS.items()
 }
 ALONE = {
-    config: f"{config.arch}-alone-{config.tile_tokens}-team{config.team}"
+    config: f"{config.arch}-alone-{config.tile_tokens}-overlay{config.overlay:d}"
     for arch in ("sm_90a", "sm_100f")
     for config in candidates(RouterSpec(160, 4096), arch)
-    if config.per_tile == 1
+    if config.cluster == 1
 }
 PREFILL = CHOSEN | ALONE
 
@@ -58,8 +58,8 @@ def test_the_product_is_the_targets_own(build):
 def test_loads_are_tmas_that_multicast_where_they_should_and_logits_meet_in_the_cluster(build):
     assert "cp.async.bulk.tensor" in build.ptx
     c = build.config
-    assert ("multicast::cluster" in build.ptx) == (c.multicast or c.team > 1)
-    assert ("st.async.shared::cluster" in build.ptx) == (c.per_tile > 1)
+    assert ("multicast::cluster" in build.ptx) == c.multicast
+    assert ("st.async.shared::cluster" in build.ptx) == (c.cluster > 1)
 
 
 @over(PREFILL)
@@ -83,7 +83,7 @@ def test_tensor_memory_holds_the_tile(build):
     assert build.config.tile_experts <= tmem_columns(build.ptx) <= 512
 
 
-@over({c: name for c, name in PREFILL.items() if c.trades_registers})
+@over({c: name for c, name in PREFILL.items() if not c.blackwell})
 def test_registers_are_traded_and_there_are_enough(build):
     assert "setmaxnreg.inc" in build.ptx
     assert "setmaxnreg.dec" in build.ptx

@@ -43,8 +43,8 @@ def test_candidates_stay_within_shared_memory_and_clusters(arch):
 @pytest.mark.parametrize(("E", "K"), [(256, 4096), (384, 7168)])
 def test_the_tuned_shapes_keep_an_h200_busy(E, K, N):
     config = prefill_config(RouterSpec(E, K), N, "sm_90a", 132)
-    clusters = min(config.clusters, ceil_div(N, config.team * config.tile_tokens))
-    assert 64 <= clusters * config.cluster <= 132  # clusters of 2 at N = 4096 are 64 CTAs
+    clusters = min(config.clusters, ceil_div(N, config.tile_tokens))
+    assert 64 <= clusters * config.cluster <= 132
 
 
 def test_buckets_grow_with_n_and_hold_it():
@@ -61,18 +61,18 @@ REFUSED = [
     (HOPPER, {"arch": "sm_80"}, "arch must be sm_90a, sm_100a or sm_100f; got 'sm_80'"),
     (HOPPER, {"tile_tokens": 32}, r"tile_tokens must be one of \(64, 128\) on sm_90a; got 32"),
     (BLACKWELL, {"tile_tokens": 64}, r"tile_tokens must be one of \(128,\) on sm_100a; got 64"),
-    (HOPPER, {"split_e": 3}, "split_e must be 1, 2, 4 or 8; got 3"),
-    (HOPPER, {"split_k": 16}, "split_k must be 1, 2, 4 or 8; got 16"),
-    (HOPPER, {"split_e": 8, "split_k": 4}, r"team \* split_e \* split_k must be .* 16; got 32"),
-    (HOPPER, {"team": 3}, "team must be 1, or on sm_90a 2 or 4; got 3"),
-    (BLACKWELL, {"team": 2}, "team must be 1, or on sm_90a 2 or 4; got 2"),
+    (HOPPER, {"split_e": 8, "split_k": 4}, r"split_e \* split_k must be 1 to 16; got 32"),
+    (HOPPER, {"split_k": 0}, r"split_e \* split_k must be 1 to 16; got 0"),
     (HOPPER, {"spec": RouterSpec(1024, 64)}, "a CTA can have 256 experts; got 512 with split_e=2"),
     (HOPPER, {"stages": 1}, "stages must be at least 2; got 1"),
     (HOPPER, {"clusters": 0}, "clusters must be at least 1; got 0"),
     (HOPPER, {"lanes": 6}, r"lanes must be one of \(4, 8, 16, 32\) and at least .*; got 6"),
     (HOPPER, {"split_k": 8, "lanes": 2}, "lanes must be one of .*; got 2"),
     (HOPPER, {"split_e": 4, "split_k": 4, "tile_tokens": 64, "lanes": 4}, "at least 32 / owned=4"),
-    (BLACKWELL, {"multicast": True}, "multicast is for sm_90a and split_e > 1; got sm_100a"),
+    (BLACKWELL, {"multicast": True}, "multicast is for sm_90a and split_e 2, 4 or 8; got sm_100a"),
+    (HOPPER, {"split_e": 3, "multicast": True}, "multicast is for .*; got sm_90a, split_e=3"),
+    (BLACKWELL, {"overlay": True}, "overlay is for sm_90a; got sm_100a"),
+    (HOPPER, {"split_e": 1}, "a CTA can have 192 experts where K takes several .*; got 256 and 64"),
     (HOPPER, {"split_e": 1, "multicast": True}, "multicast is for .*; got sm_90a, split_e=1"),
     (HOPPER, {"stages": 6}, r"needs \d+ bytes of shared memory; a CTA has 232448"),
 ]

@@ -27,8 +27,10 @@ CONFIGS = [
     (PrefillConfig(RouterSpec(64, 264), "sm_90a", 64, 1, 2, 2, 1), 100),
     (PrefillConfig(RouterSpec(300, 200), "sm_90a", 128, 2, 1, 2, 1), 150),
     (PrefillConfig(RouterSpec(256, 328), "sm_90a", 64, 2, 2, 2, 1, 16, multicast=True), 100),
-    (PrefillConfig(RouterSpec(144, 264), "sm_90a", 64, 2, 2, 2, 1, 16, True, team=2), 200),
-    (PrefillConfig(RouterSpec(100, 200), "sm_90a", 64, 1, 1, 2, 1, 8, team=4), 300),
+    (PrefillConfig(RouterSpec(144, 264), "sm_90a", 64, 2, 3, 2, 1, 16, True, True), 140),
+    (PrefillConfig(RouterSpec(100, 200), "sm_90a", 64, 1, 1, 2, 1, 8, overlay=True), 150),
+    (PrefillConfig(RouterSpec(144, 328), "sm_90a", 128, 2, 1, 3, 1, 8, True, True), 260),
+    (PrefillConfig(RouterSpec(64, 2120), "sm_90a", 64, 1, 1, 3, 1, 8, overlay=True), 70),
     (PrefillConfig(RouterSpec(144, 128, 32, has_bias=False), "sm_90a", 64, 4, 2, 2, 1, 8), 70),
     (PrefillConfig(RouterSpec(300, 128, 8), "sm_90a", 128, 4, 1, 3, 1, 8, multicast=True), 140),
     (PrefillConfig(RouterSpec(7, 8, 3, renormalize=False), "sm_90a", 128, 1, 1, 4, 1, 4), 1),
@@ -46,8 +48,8 @@ def name_of(value: object) -> str:
     if not isinstance(value, PrefillConfig):
         return f"N{value}"
     c, s = value, value.spec
-    split = f"tile{c.tile_tokens}-e{c.split_e}-k{c.split_k}-team{c.team}"
-    split += "-multicast" * c.multicast
+    split = f"tile{c.tile_tokens}-e{c.split_e}-k{c.split_k}"
+    split += "-multicast" * c.multicast + "-overlay" * c.overlay
     return f"{c.arch}-E{s.num_experts}-K{s.hidden_size}-k{s.top_k}-{s.scoring}-{split}"
 
 
@@ -64,7 +66,7 @@ def test_right_in_every_order_and_the_same_bits_in_all(config, N):
             assert torch.equal(routing.weights, first.weights), f"{order}: not the same bits"
 
 
-@pytest.mark.parametrize("config", [CONFIGS[3][0], CONFIGS[12][0]], ids=name_of)
+@pytest.mark.parametrize("config", [CONFIGS[3][0], CONFIGS[14][0]], ids=name_of)
 def test_rows_of_every_kind_are_within_the_specification(config):
     case = Case("every kind", config.spec.num_experts, config.spec.hidden_size, len(ROWS))
     x, W, bias = draw(case, "cpu", kinds=list(ROWS))
@@ -90,10 +92,16 @@ def without(text: str, instruction: Callable[[str], bool]) -> str:
     return "\n".join(line for line in text.splitlines() if not instruction(line))
 
 
-@pytest.mark.parametrize("config", [CONFIGS[3][0], CONFIGS[12][0]], ids=name_of)
+@pytest.mark.parametrize("config", [CONFIGS[3][0], CONFIGS[4][0], CONFIGS[14][0]], ids=name_of)
 def test_a_reader_that_does_not_say_that_there_is_room_is_noticed(config):
     config = replace(config, clusters=1)
-    ptx = without(ptx_of(config), lambda line: "mbarrier.arrive.release.cluster" in line)
+    ptx = without(
+        ptx_of(config),
+        lambda line: (
+            "mbarrier.arrive.release.cluster" in line  # what `Exchange` says
+            or (config.overlay and "mbarrier.arrive.relaxed.cluster" in line)
+        ),
+    )
     inputs = exact_inputs(config.spec, 2 * config.tile_tokens, ties=False)
     with pytest.raises(Exception, match="deadlock"):
         simulate_prefill(config, *inputs, policy="random0", ptx=ptx)

@@ -33,15 +33,16 @@ class ByRows:
         self.tokens = WARP // config.lanes  # of a warp
 
     @cute.jit
-    def choose(self, sLogits: cute.Tensor, sBias: Any, first_token: Int32, out: Outputs) -> None:
-        """Route the owned tokens, the first of which is `first_token`; every warp takes some."""
+    def choose(
+        self, sLogits: cute.Tensor, sBias: Any, first_token: Int32, count: Int32, out: Outputs
+    ) -> None:
+        """Route `count` owned tokens from `first_token` on; every warp takes some."""
         c = self.cfg
-        N = cute.size(out.mIds, mode=[0])
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         first = warp * self.tokens
-        while first < cutlass.min(N - first_token, c.owned):
+        while first < count:
             if cutlass.const_expr(c.by_words):
-                doubts = self.route(sLogits, sBias, first_token, first, out)
+                doubts = self.route(sLogits, sBias, first_token, first, count, out)
             else:
                 self.add(sLogits, first)
                 doubts = Int32(1)
@@ -53,14 +54,20 @@ class ByRows:
 
     @cute.jit
     def route(
-        self, sLogits: cute.Tensor, sBias: Any, first_token: Int32, first: Int32, out: Outputs
+        self,
+        sLogits: cute.Tensor,
+        sBias: Any,
+        first_token: Int32,
+        first: Int32,
+        count: Int32,
+        out: Outputs,
     ) -> Int32:
         """Route the warp's tokens by words; the bits of lanes whose token is left in doubt."""
         lay = self.lay
         lane = cute.arch.lane_idx() % lay.lanes
         row = first + cute.arch.lane_idx() // lay.lanes
+        real = row < count
         token = first_token + row
-        real = token < cute.size(out.mIds, mode=[0])
 
         def keys(block):
             # A large k has the lanes sort more than there is.

@@ -11,12 +11,12 @@ from cute_router import compile as compiler
 from cute_router.arch import max_cluster, target_for
 from cute_router.gemm import generic
 from cute_router.gemm.config import MAX_TOKEN_TILES, TICKETS, can_implement
-from cute_router.heuristics import MAX_TOKEN_TILE, decode_config, token_bucket
+from cute_router.heuristics import MAX_BUCKET, decode_config, token_bucket
 from cute_router.spec import RouterSpec, Routing, Scoring
 from cute_router.validate import FP32_MAX, Options, spec_of
 from cute_router.workspace import Workspace
 
-BUCKETS = [token_bucket(max(N, 1)) for N in range(MAX_TOKEN_TILE + 1)]
+BUCKETS = [token_bucket(max(N, 1)) for N in range(MAX_BUCKET + 1)]
 
 
 class Plan(NamedTuple):
@@ -37,7 +37,7 @@ def fast(
     out_weights: Tensor | None,
     out_ids: Tensor | None,
 ) -> Routing | None:
-    """The call of an engine, up to 64 tokens: plan, allocate, launch. None for any other call.
+    """The call of an engine, of few tokens: plan, allocate, launch. None for any other call.
 
     What is not looked at here, the kernel's own host code checks before it launches: ranks, dtypes,
     strides, alignment, equal sizes. A call that it refuses is not fast, and returns None too.
@@ -45,13 +45,7 @@ def fast(
     try:
         N, K = x.shape
         device = x.get_device()
-        if not (
-            0 < N <= MAX_TOKEN_TILE
-            and device == W.get_device() >= 0
-            and (bias is None or bias.get_device() == device)
-            and (factor.__class__ is float or factor.__class__ is int)
-            and 0 <= factor <= FP32_MAX
-        ):
+        if not (0 < N <= MAX_BUCKET and plain(device, W, bias, factor)):
             return None
         plan = plan_of(W.shape[0], K, bias is not None, *options, BUCKETS[N], device)
         if plan is None:
@@ -74,6 +68,16 @@ def fast(
     return Routing(out_weights, out_ids)
 
 
+def plain(device: int, W: Tensor, bias: Tensor | None, factor: float) -> bool:
+    """Whether W and bias are on `device` with x, and the factor is one."""
+    return (
+        device == W.get_device() >= 0
+        and (bias is None or bias.get_device() == device)
+        and (factor.__class__ is float or factor.__class__ is int)
+        and 0 <= factor <= FP32_MAX
+    )
+
+
 @cache
 def like(N: int, k: int, dtype: torch.dtype, device: int) -> Tensor:
     """An output's likeness: `empty_like` of it costs half of what `empty` costs (0.7 us)."""
@@ -92,7 +96,7 @@ def launch(
 ) -> None:
     """Queue the router on the current stream of x's device. Arguments are checked, N is not 0."""
     N, device = x.shape[0], x.get_device()
-    bucket = BUCKETS[min(N, MAX_TOKEN_TILE)]
+    bucket = BUCKETS[min(N, MAX_BUCKET)]
     plan = plan_of(spec.num_experts, spec.hidden_size, spec.has_bias, *options, bucket, device)
     if plan is None:
         generic.launch(x, W, bias, weights, ids, spec, factor, batch_invariant=options[-2])

@@ -11,11 +11,45 @@ from cute_router.arch import target_for
 from cute_router.gemm import decode, generic
 from cute_router.gemm.prefill_config import can_implement
 from cute_router.prefill_heuristics import prefill_config, token_bucket
-from cute_router.spec import RouterSpec, Scoring
+from cute_router.spec import RouterSpec, Routing, Scoring
 from cute_router.validate import Options, spec_of
 
 MAX_TOKENS = 1 << 21  # of one launch: what it writes stays within 32-bit offsets
 MAX_BUCKET = 1 << 17  # larger batches have so many token tiles that the best way is the same
+
+
+def fast(
+    x: Tensor,
+    W: Tensor,
+    bias: Tensor | None,
+    factor: float,
+    options: Options,
+    out_weights: Tensor | None,
+    out_ids: Tensor | None,
+) -> Routing | None:
+    """The call of an engine: kernel, allocate, launch. None for any other; see `decode.fast`."""
+    try:
+        N, K = x.shape
+        device = x.get_device()
+        if options[-2] or not (0 < N <= MAX_TOKENS and decode.plain(device, W, bias, factor)):
+            return None
+        bucket = token_bucket(min(N, MAX_BUCKET))
+        kernel = kernel_of(W.shape[0], K, bias is not None, *options, bucket, device)
+        if kernel is None:
+            return None
+        shape, place = (N, options[0]), x.device
+        if out_weights is None:
+            out_weights = torch.empty(shape, dtype=torch.float32, device=place)
+        elif out_weights.get_device() != device:
+            return None
+        if out_ids is None:
+            out_ids = torch.empty(shape, dtype=torch.int32, device=place)
+        elif out_ids.get_device() != device:
+            return None
+        kernel(x, W, bias, out_weights, out_ids, factor)
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        return None
+    return Routing(out_weights, out_ids)
 
 
 def launch(
@@ -39,9 +73,6 @@ def launch(
         generic.launch(x, W, bias, weights, ids, spec, factor, batch_invariant=False)
         return
     x, W = decode.row_strided(x), decode.row_strided(W)
-    if N <= MAX_TOKENS:  # slices take the host a microsecond each
-        kernel(x, W, bias, weights, ids, factor)
-        return
     for first in range(0, N, MAX_TOKENS):
         rows = slice(first, first + MAX_TOKENS)
         kernel(decode.row_strided(x[rows]), W, bias, weights[rows], ids[rows], factor)

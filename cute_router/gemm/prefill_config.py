@@ -14,6 +14,8 @@ from cute_router.topk.config import WARP
 from cute_router.topk.lanes import Lanes
 
 MAX_MMA_EXPERTS = 256  # of one instruction, on MMA-N
+MAX_CHAIN = 32  # K blocks: 2048 products of one chain
+MAX_CHAINED_EXPERTS = 192  # twice 96 registers a thread, of 232
 WARPGROUP = 128  # threads
 MISC = 1024  # barriers, alignment, and a margin, in bytes
 
@@ -30,14 +32,15 @@ class PrefillConfig:
     spec:        the router.
     arch:        the compile target, "sm_90a", "sm_100a" or "sm_100f".
     tile_tokens: tokens of a tile, on MMA-M: 64 (sm_90 only) or 128.
-    split_e:     CTAs that share a tile's experts: 1, 2, 4 or 8.
-    split_k:     CTAs that share the K of the same experts: 1, 2, 4 or 8.
+    split_e:     CTAs that share a tile's experts.
+    split_k:     CTAs that share the K of the same experts; with split_e they are a cluster.
     stages:      K blocks that shared memory holds, a ring.
     clusters:    of a launch, at most; they take the token tiles in turns.
     lanes:       of a warp, that choose for one token; 32 unless `by_words`.
     multicast:   whether the `split_e` CTAs load parts of their x tile for each other (sm_90 only).
-    team:        token tiles of a cluster, 1, 2 or 4; the CTAs that multiply them by the same W tile
-                 load parts of it for each other (more than 1: sm_90 only).
+    overlay:     whether logits take the place of the ring, which then has more stages, but no loads
+                 for the next tile under way while experts are chosen (sm_90 only: on sm_100 the
+                 next tile is multiplied meanwhile).
     pdl:         whether the launch may overlap the kernel ahead of it.
     """
 
@@ -50,7 +53,7 @@ class PrefillConfig:
     clusters: int = 66
     lanes: int = 8
     multicast: bool = False
-    team: int = 1
+    overlay: bool = False
     pdl: bool = True
 
     @property
@@ -59,25 +62,20 @@ class PrefillConfig:
         return self.arch.startswith("sm_100")
 
     @property
-    def per_tile(self) -> int:
+    def cluster(self) -> int:
         """CTAs that share a token tile."""
         return self.split_e * self.split_k
 
     @property
-    def cluster(self) -> int:
-        """CTAs of a cluster."""
-        return self.team * self.per_tile
-
-    @property
     def loaders(self) -> int:
-        """CTAs that load parts of one's x or W tile, itself included."""
-        return (self.split_e if self.multicast else 1) + self.team - 1
+        """CTAs that load parts of one's x tile, itself included."""
+        return self.split_e if self.multicast else 1
 
     @property
     def tile_experts(self) -> int:
         """Experts of a CTA, on MMA-N; those past the last are zeros: TMA fills what is out of
         bounds."""
-        grain = 32 if self.blackwell else 8 * self.team
+        grain = 32 if self.blackwell else 8
         return round_up(ceil_div(self.spec.num_experts, self.split_e), grain)
 
     @property
@@ -87,31 +85,33 @@ class PrefillConfig:
 
     @property
     def owned(self) -> int:
-        """Tokens of a tile for which one of its CTAs chooses."""
-        return self.tile_tokens // self.per_tile
+        """Tokens of a tile for which one of its CTAs chooses; the last ones may have fewer."""
+        return ceil_div(self.tile_tokens, self.cluster)
+
+    @property
+    def rows(self) -> int:
+        """Tokens whose logits an owner has room for: as many as its warps look at."""
+        return round_up(self.owned, WARP // self.lanes)
+
+    @property
+    def mma_threads(self) -> int:
+        """Threads that hold accumulators; on sm_90 a warpgroup for 64 tokens."""
+        return self.tile_tokens if self.blackwell else 2 * self.tile_tokens
 
     @property
     def epilogue_threads(self) -> int:
-        """Threads that hold accumulators and choose; on sm_90 a warpgroup for 64 tokens."""
-        return 2 * self.tile_tokens if not self.blackwell else self.tile_tokens
-
-    @property
-    def trades_registers(self) -> bool:
-        """Whether the load warp gives registers to two warpgroups of accumulators.
-
-        Nine warps would leave every thread 168 of them, for one quarter of the SM has three.
-        """
-        return self.epilogue_threads == 2 * WARPGROUP
+        """Threads that choose, those that hold accumulators first."""
+        return self.mma_threads if self.blackwell else 2 * WARPGROUP
 
     @property
     def threads(self) -> int:
         """All threads: the epilogue's, a warp of loads, and on sm_100 a warp that issues MMAs.
 
-        Registers are traded by whole warpgroups; three warps of the loads' do nothing else.
+        On sm_90 the load warp gives registers to the epilogue: nine warps would leave every thread
+        168 of them, for one quarter of the SM has three. They are traded by whole warpgroups; three
+        warps of the loads' do nothing else.
         """
-        if self.trades_registers:
-            return self.epilogue_threads + WARPGROUP
-        return self.epilogue_threads + (2 * WARP if self.blackwell else WARP)
+        return self.epilogue_threads + (2 * WARP if self.blackwell else WARPGROUP)
 
     @property
     def by_words(self) -> bool:
@@ -138,9 +138,22 @@ class PrefillConfig:
         return round_up(self.padded, WARP) + (4 if self.blackwell else 8)
 
     @property
-    def sent_bytes(self) -> int:
-        """Bytes of logits, or of parts of their sums, that an owner gets from others."""
-        return (self.per_tile - 1) * self.owned * self.tile_experts * 4
+    def token_bytes(self) -> int:
+        """Bytes of a token's logits, or of parts of their sums, that its owner gets from others."""
+        return (self.cluster - 1) * self.tile_experts * 4
+
+    @property
+    def held(self) -> int:
+        """Stages that are not free again before their tile's experts have been chosen."""
+        return min(self.stages, self.k_blocks) if self.overlay else 0
+
+    @property
+    def chain(self) -> int:
+        """K blocks whose products are summed by the tensor cores alone, on sm_90.
+
+        What those drop of every partial sum adds up: whole chains are summed in fp32 registers.
+        """
+        return ceil_div(self.k_blocks, ceil_div(self.k_blocks, MAX_CHAIN))
 
     @property
     def tile_bytes(self) -> int:
@@ -150,8 +163,10 @@ class PrefillConfig:
     @property
     def smem_bytes(self) -> int:
         """Shared memory of a CTA."""
-        logits = self.split_k * self.owned * self.pitch * 4
-        return self.stages * self.tile_bytes + logits + self.padded * 4 + MISC
+        ring = self.stages * self.tile_bytes
+        logits = self.split_k * self.rows * self.pitch * 4
+        large = max(ring, logits) if self.overlay else ring + logits
+        return large + self.padded * 4 + MISC
 
 
 def can_implement(config: PrefillConfig) -> None:
@@ -162,14 +177,8 @@ def can_implement(config: PrefillConfig) -> None:
     tokens = (128,) if c.blackwell else (64, 128)
     if c.tile_tokens not in tokens:
         raise ValueError(f"tile_tokens must be one of {tokens} on {c.arch}; got {c.tile_tokens}")
-    if c.split_e not in (1, 2, 4, 8):
-        raise ValueError(f"split_e must be 1, 2, 4 or 8; got {c.split_e}")
-    if c.split_k not in (1, 2, 4, 8):
-        raise ValueError(f"split_k must be 1, 2, 4 or 8; got {c.split_k}")
-    if c.team not in ((1,) if c.blackwell else (1, 2, 4)):
-        raise ValueError(f"team must be 1, or on sm_90a 2 or 4; got {c.team}")
-    if c.cluster > MAX_CLUSTER:
-        raise ValueError(f"team * split_e * split_k must be at most {MAX_CLUSTER}; got {c.cluster}")
+    if not 1 <= c.cluster <= MAX_CLUSTER:
+        raise ValueError(f"split_e * split_k must be 1 to {MAX_CLUSTER}; got {c.cluster}")
     # The accumulators are registers (128 of 224 at this size) or TMEM columns, a power of two.
     if c.tile_experts > MAX_MMA_EXPERTS:
         raise ValueError(
@@ -185,9 +194,16 @@ def can_implement(config: PrefillConfig) -> None:
         raise ValueError(
             f"lanes must be one of {lanes} and at least {WARP} / owned={c.owned}; got {c.lanes}"
         )
-    if c.multicast and (c.blackwell or c.split_e == 1):
+    if c.multicast and (c.blackwell or c.split_e not in (2, 4, 8)):
         raise ValueError(
-            f"multicast is for sm_90a and split_e > 1; got {c.arch}, split_e={c.split_e}"
+            f"multicast is for sm_90a and split_e 2, 4 or 8; got {c.arch}, split_e={c.split_e}"
+        )
+    if c.overlay and c.blackwell:
+        raise ValueError(f"overlay is for sm_90a; got {c.arch}")
+    if not c.blackwell and c.chain < c.k_blocks and c.tile_experts > MAX_CHAINED_EXPERTS:
+        raise ValueError(
+            f"a CTA can have {MAX_CHAINED_EXPERTS} experts where K takes several chains of MMAs;"
+            f" got {c.tile_experts} and {c.k_blocks} K blocks"
         )
     if c.smem_bytes > MAX_SMEM:
         raise ValueError(

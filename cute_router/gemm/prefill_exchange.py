@@ -1,21 +1,31 @@
 """How a token's logits meet: every CTA of a tile sends its part to the token's owner.
 
-The r-th CTA of a tile owns the r-th slice of the tile's tokens. What it gets is kept as
+The r-th CTA of a cluster owns the r-th slice of the tile's tokens. What it gets is kept as
 
     (expert, owned token, K part)      K parts are summed where they are read (`epilogue.by_rows`)
 
 by st.async, which counts its bytes on the owner's barrier `part`; what is its own a CTA stores,
-and its threads meet. Before the next tile's logits may come, every owner has told every CTA of the
-tile that it has read those of the last (`room`).
+and its threads meet. Before logits may come, every owner has told every CTA of the cluster that
+there is `room`: where they have a place of their own, that those of the last tile have been read;
+where they take that of the ring, that the product is complete, which has emptied it.
 """
 
 import cutlass
 import cutlass.cute as cute
+import cutlass.pipeline as pipeline
 from cutlass import Float32, Int32
 
 from cute_router.gemm.prefill_config import PrefillConfig
 from cute_router.gemm.prefill_mainloop import PrefillMainloop, Shared, Tiles
-from cute_router.gemm.ptx import arrive_at_peer, at_peer, store_async, wait_cluster
+from cute_router.gemm.ptx import (
+    arrive_at_peer,
+    arrive_relaxed_at_peer,
+    at_peer,
+    store_async,
+    wait_cluster,
+)
+
+MULTIPLIED_BARRIER = 3  # named barrier of the threads that hold accumulators
 
 
 class Exchange:
@@ -26,25 +36,41 @@ class Exchange:
         self.vector = mainloop.vector  # experts of one store
         self.rows = mainloop.rows
         self.meet = meet  # named barrier of the epilogue's threads
+        self.multiplied = pipeline.NamedBarrier(MULTIPLIED_BARRIER, config.mma_threads)
 
     def layout(self) -> cute.Layout:
         """Logits as an owner keeps them, (expert, owned token, K part)."""
         c = self.cfg
-        return cute.make_layout((c.pitch, c.owned, c.split_k))
+        return cute.make_layout((c.pitch, c.rows, c.split_k))
 
     @cute.jit
-    def expect(self, s: Shared, tid: Int32) -> None:
+    def expect(self, s: Shared, tiles: Tiles, tid: Int32) -> None:
         """Arm this owner's barrier for a tile."""
-        if cutlass.const_expr(self.cfg.per_tile > 1):
+        c = self.cfg
+        if cutlass.const_expr(c.cluster > 1):
             if tid == 0:
-                cute.arch.mbarrier_arrive_and_expect_tx(s.part, self.cfg.sent_bytes)
+                owned = cutlass.min(c.tile_tokens - tiles.rank * c.owned, c.owned)
+                sent = cutlass.max(owned, 0) * c.token_bytes
+                cute.arch.mbarrier_arrive_and_expect_tx(s.part, sent)
 
     @cute.jit
-    def open(self, s: Shared, turn: Int32) -> None:
+    def open(self, s: Shared, turn: Int32, tid: Int32) -> None:
         """Wait until the owners have room for the logits of tile `turn`."""
-        if cutlass.const_expr(self.cfg.per_tile > 1):
+        if cutlass.const_expr(self.cfg.overlay):
+            self.multiplied.arrive_and_wait()
+            self.say_room(s, tid, arrive_relaxed_at_peer)  # behind the fence of the last `close`
+            if cutlass.const_expr(self.cfg.cluster > 1):
+                wait_cluster(s.room, turn % 2)
+        elif cutlass.const_expr(self.cfg.cluster > 1):
             if turn > 0:
                 wait_cluster(s.room, (turn - 1) % 2)
+
+    @cute.jit
+    def say_room(self, s: Shared, tid: Int32, arrive: cutlass.Constexpr) -> None:
+        """Tell the cluster that there is room here; `arrive` says so to a peer."""
+        if cutlass.const_expr(self.cfg.cluster > 1):
+            if tid < self.cfg.cluster:
+                arrive(s.room, tid)
 
     @cute.jit
     def send(
@@ -59,11 +85,10 @@ class Exchange:
             crd = (experts + expert, token % c.owned, tiles.k_part)
             place = cute.assume(cute.crd2idx(crd, self.layout()), divby=v)
             slot = s.sLogits.iterator + place
-            if cutlass.const_expr(c.per_tile == 1) or owner == tiles.own(c):
+            if cutlass.const_expr(c.cluster == 1) or owner == tiles.rank:
                 self.store(slot, rAcc, coords, row)
             else:
-                peer = tiles.rank(c, owner)
-                self.store_async(at_peer(slot, peer), at_peer(s.part, peer), rAcc, coords, row)
+                self.store_async(at_peer(slot, owner), at_peer(s.part, owner), rAcc, coords, row)
 
     @cute.jit
     def store(self, slot: cute.Pointer, rAcc: cute.Tensor, coords: cute.Tensor, row: int) -> None:
@@ -91,17 +116,19 @@ class Exchange:
     def wait(self, s: Shared, turn: Int32) -> None:
         """Wait until the owned tokens' logits of tile `turn` are here."""
         self.meet.arrive_and_wait()
-        if cutlass.const_expr(self.cfg.per_tile > 1):
+        if cutlass.const_expr(self.cfg.cluster > 1):
             wait_cluster(s.part, turn % 2)
 
     @cute.jit
     def close(self, s: Shared, tiles: Tiles, turn: Int32, tid: Int32) -> None:
-        """This owner has read them: let the next ones come, if there are any.
+        """This owner has read them: let the next ones come, if there are any, or the next loads.
 
         A CTA that nobody has to wait for may have exited.
         """
-        if turn + 1 < tiles.count:
+        if cutlass.const_expr(self.cfg.overlay):
             self.meet.arrive_and_wait()
-            if cutlass.const_expr(self.cfg.per_tile > 1):
-                if tid < self.cfg.per_tile:
-                    arrive_at_peer(s.room, tiles.rank(self.cfg, tid))
+            if cutlass.const_expr(self.cfg.cluster > 1):
+                cute.arch.fence_acq_rel_cluster()  # once, and not with every arrival at a peer
+        elif turn + 1 < tiles.count:
+            self.meet.arrive_and_wait()
+            self.say_room(s, tid, arrive_at_peer)

@@ -1,16 +1,16 @@
 """The fused prefill router: weights, ids = renorm(topk(act(x W^T) + bias)), one launch.
 
     tokens N -> MMA-M   experts E -> MMA-N
-    split_e x split_k CTAs: the experts and the K slices of one token tile. Each of them owns some
-    of the tile's tokens and gets all their logits. A cluster is a team of such tiles; clusters take
-    tiles in turns. Logits never leave the cluster.
+    cluster of split_e x split_k CTAs: the experts and the K slices of one token tile. Each of them
+    owns some of the tile's tokens and gets all their logits. Clusters take tiles in turns. Logits
+    never leave the cluster.
 
     warp        role      work
     0..7 (3)    epilogue  bias, trigger dependents; for each tile
-                          [sm_90: WGMMA]; accumulators -> the owners' rows of logits -> choice
-                          -> store
+                          [sm_90: WGMMA, a warpgroup for 64 tokens]; accumulators -> the owners'
+                          rows of logits -> choice -> store
     next        load      barriers; TMA W, wait for the kernel ahead, TMA x; then a ring
-                          [of a warpgroup where registers are traded; its other warps leave]
+                          [sm_90: of a warpgroup that trades registers; its other warps leave]
     last        mma       [sm_100 only] TMEM, tcgen05.mma
 
     barrier   producer -> consumer             arrivals                     bytes
@@ -19,8 +19,8 @@
                                                or 1 (tcgen05.commit)
     done      mma -> epilogue (sm_100)         1 (tcgen05.commit)           -
     drained   epilogue -> mma (sm_100)         its warps                    -
-    part      tile's CTAs -> owner's epilogue  1                            owned tokens x E
-    room      owners -> tile's epilogues       CTAs of the tile             -
+    part      cluster -> owner's epilogue      1                            owned tokens x E
+    room      owners -> cluster's epilogues    CTAs of the cluster          -
 
 A CTA waits for everything that others send it, so that none exits too early and no barrier of the
 cluster stands at the end.
@@ -64,6 +64,7 @@ class PrefillKernel:
         self.choice = ByRows(config)
         self.load_warp = config.epilogue_threads // WARP
         self.mma_warp = self.load_warp + 1
+        self.all_multiply = config.mma_threads == config.epilogue_threads
         self.head = min(config.stages, config.k_blocks)  # K blocks that find their stage empty
 
     @cute.jit
@@ -95,9 +96,9 @@ class PrefillKernel:
         )
 
     def grid(self, N: Int32) -> tuple[Int32, Int32]:
-        """A team's token tiles at a time, how many times, and clusters that take them in turns."""
-        times = cute.ceil_div(N, self.cfg.tile_tokens * self.cfg.team)
-        return times, cutlass.min(times, self.cfg.clusters)
+        """Token tiles, and clusters that take them in turns."""
+        tiles = cute.ceil_div(N, self.cfg.tile_tokens)
+        return tiles, cutlass.min(tiles, self.cfg.clusters)
 
     @cute.kernel
     def kernel(
@@ -124,18 +125,18 @@ class PrefillKernel:
             cpasync.prefetch_descriptor(atom_x)
             cpasync.prefetch_descriptor(atom_w)
             self.init_barriers(s)
-            if cutlass.const_expr(c.team == 1):
-                self.load_first_weights(atom_w, loads, s, tiles)
+            for block in cutlass.range_constexpr(self.head):
+                self.load_weights(atom_w, loads, s, tiles, Int32(block))
         cute.arch.sync_threads()
         if cutlass.const_expr(c.cluster > 1):
             cute.arch.cluster_arrive_relaxed()  # the barriers of this CTA are there for its peers
 
         if warp < self.load_warp:
-            if cutlass.const_expr(c.trades_registers):
+            if cutlass.const_expr(not c.blackwell):
                 cute.arch.setmaxregister_increase(EPILOGUE_REGISTERS)
             self.epilogue(s, tiles, tid, mBias, Outputs(mWeights, mIds, factor))
         else:
-            if cutlass.const_expr(c.trades_registers):
+            if cutlass.const_expr(not c.blackwell):
                 cute.arch.setmaxregister_decrease(LOAD_REGISTERS)
             if warp == self.load_warp:
                 self.load(atom_x, atom_w, loads, s, tiles)
@@ -145,17 +146,16 @@ class PrefillKernel:
     def locate(self, N: Int32) -> Tiles:
         """This CTA's tiles and its share of them."""
         c = self.cfg
-        times, clusters = self.grid(N)
+        tiles, clusters = self.grid(N)
         cluster = cute.arch.block_idx()[0] // c.cluster
         rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
-        member, place = rank // c.per_tile, rank % c.per_tile
         return Tiles(
-            member,
-            e_part=place % c.split_e,
-            k_part=place // c.split_e,
-            first=cluster * c.team + member,
-            step=clusters * c.team,
-            count=(times - cluster + clusters - 1) // clusters,
+            rank,
+            e_part=rank % c.split_e,
+            k_part=rank // c.split_e,
+            first=cluster,
+            step=clusters,
+            count=(tiles - cluster + clusters - 1) // clusters,
         )
 
     def allocate(self, smem: SmemAllocator, layout_x, layout_w) -> Shared:
@@ -165,7 +165,14 @@ class PrefillKernel:
             smem.allocate_tensor(BFloat16, layout.outer, 1024, swizzle=layout.inner)
             for layout in (layout_x, layout_w)
         )
-        sLogits = smem.allocate_tensor(Float32, self.exchange.layout(), 16)
+        logits = self.exchange.layout()
+        if c.overlay:
+            sLogits = cute.make_tensor(cute.recast_ptr(sX.iterator, None, Float32), logits)
+            excess = cute.cosize(logits) * 4 - c.stages * c.tile_bytes
+            if excess > 0:
+                smem.allocate(excess, 16)
+        else:
+            sLogits = smem.allocate_tensor(Float32, logits, 16)
         sBias = smem.allocate_tensor(Float32, cute.make_layout(c.padded), 16)
         full, free = (smem.allocate_array(Int64, c.stages, byte_alignment=8) for _ in range(2))
         done, drained, part, room = (
@@ -178,7 +185,7 @@ class PrefillKernel:
     def init_barriers(self, s: Shared) -> None:
         """Initialise the CTA's barriers and arm those of the first loads. One warp calls."""
         c = self.cfg
-        readers = c.epilogue_threads // WARP * c.loaders
+        readers = c.mma_threads // WARP * c.loaders
         with cute.arch.elect_one():
             for stage in cutlass.range_constexpr(c.stages):
                 cute.arch.mbarrier_init(s.full + stage, 1)
@@ -186,37 +193,25 @@ class PrefillKernel:
             cute.arch.mbarrier_init(s.done, 1)
             cute.arch.mbarrier_init(s.drained, c.epilogue_threads // WARP)
             cute.arch.mbarrier_init(s.part, 1)
-            cute.arch.mbarrier_init(s.room, c.per_tile)
+            cute.arch.mbarrier_init(s.room, c.cluster)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_warp()  # the lane elected next may be another
         with cute.arch.elect_one():
             for stage in cutlass.range_constexpr(self.head):
                 cute.arch.mbarrier_arrive_and_expect_tx(s.full + stage, c.tile_bytes)
 
-    def load_first_weights(self, atom_w, loads, s: Shared, tiles: Tiles) -> None:
-        """The loads of W that find their stages empty."""
-        for block in range(self.head):
-            self.load_weights(atom_w, loads, s, tiles, Int32(block))
-
     def load_weights(self, atom_w, loads, s: Shared, tiles: Tiles, block: Int32) -> None:
-        """One TMA load of W, or of a part for the whole team; blocks are counted over all tiles."""
+        """One TMA load of W; blocks are counted over all tiles."""
         c, (tWsW, tWgW) = self.cfg, loads[1]
         stage, depth = block % c.stages, tiles.k_part * c.k_blocks + block % c.k_blocks
-        team = sum(1 << i * c.per_tile for i in range(c.team))
-        cute.copy(
-            atom_w,
-            tWgW[(None, depth)],
-            tWsW[(None, stage)],
-            tma_bar_ptr=s.full + stage,
-            mcast_mask=Int16(Int32(team) << tiles.own(c)) if c.team > 1 else None,
-        )
+        cute.copy(atom_w, tWgW[(None, depth)], tWsW[(None, stage)], tma_bar_ptr=s.full + stage)
 
     def load_tokens(self, atom_x, loads, s: Shared, tiles: Tiles, block: Int32) -> None:
         """One TMA load of x, or of a part for all that share the tile."""
         c, (tXsX, tXgX) = self.cfg, loads[0]
         stage, depth = block % c.stages, tiles.k_part * c.k_blocks + block % c.k_blocks
         tile = tiles.first + block // c.k_blocks * tiles.step
-        peers = Int32((1 << c.split_e) - 1) << tiles.rank(c, tiles.k_part * c.split_e)
+        peers = Int32((1 << c.split_e) - 1) << tiles.k_part * c.split_e
         cute.copy(
             atom_x,
             tXgX[(None, tile, depth)],
@@ -231,8 +226,6 @@ class PrefillKernel:
         c = self.cfg
         if cutlass.const_expr(c.cluster > 1):
             cute.arch.cluster_wait()  # the peers' barriers are initialised
-        if cutlass.const_expr(c.team > 1):
-            self.load_first_weights(atom_w, loads, s, tiles)
         cute.arch.griddepcontrol_wait()
         for block in cutlass.range_constexpr(self.head):
             self.load_tokens(atom_x, loads, s, tiles, Int32(block))
@@ -250,8 +243,13 @@ class PrefillKernel:
     @cute.jit
     def wait_free(self, s: Shared, block: Int32) -> None:
         """Wait until all that get parts of a block have read the one before it in its stage."""
-        stages = self.cfg.stages
-        cute.arch.mbarrier_wait(s.free + block % stages, (block // stages + 1) % 2)
+        c = self.cfg
+        barrier, phase = s.free + block % c.stages, (block // c.stages + 1) % 2
+        cute.arch.mbarrier_wait(barrier, phase)
+        if cutlass.const_expr(c.overlay):
+            if block % c.k_blocks < c.held:  # logits were there
+                cute.arch.fence_acq_rel_cluster()
+                cute.arch.fence_proxy("async.shared", space="cta")
 
     @cute.jit
     def epilogue(self, s: Shared, tiles: Tiles, tid: Int32, mBias: Any, out: Outputs) -> None:
@@ -277,13 +275,18 @@ class PrefillKernel:
     def tile(self, s: Shared, tiles: Tiles, turn: Int32, tid: Int32, out: Outputs) -> None:
         """One token tile."""
         c = self.cfg
-        self.exchange.expect(s, tid)
-        self.mainloop.accumulate(s, tid, tiles, turn, self.exchange)
+        self.exchange.expect(s, tiles, tid)
+        if cutlass.const_expr(self.all_multiply) or tid < c.mma_threads:
+            self.mainloop.accumulate(s, tid, tiles, turn, self.exchange)
         self.exchange.wait(s, turn)
         sBias = s.sBias if cutlass.const_expr(c.spec.has_bias) else None
-        first = (tiles.first + turn * tiles.step) * c.tile_tokens + tiles.own(c) * c.owned
-        self.choice.choose(s.sLogits, sBias, first, out)
+        tile = (tiles.first + turn * tiles.step) * c.tile_tokens
+        first = tile + tiles.rank * c.owned
+        last = cutlass.min(tile + c.tile_tokens, cute.size(out.mIds, mode=[0]))
+        self.choice.choose(s.sLogits, sBias, first, cutlass.min(last - first, c.owned), out)
         self.exchange.close(s, tiles, turn, tid)
+        if cutlass.const_expr(self.all_multiply) or tid < c.mma_threads:
+            self.mainloop.free_held(s, tiles, turn)
 
 
 def trace(config: PrefillConfig) -> tuple[PrefillKernel, tuple[Any, ...]]:

@@ -18,40 +18,32 @@ class Shared(NamedTuple):
 
     sX: cute.Tensor  # x tile, STAGE last
     sW: cute.Tensor  # W tile, STAGE last
-    sLogits: cute.Tensor  # (expert, owned token, K part)
+    sLogits: cute.Tensor  # (expert, owned token, K part); over sX and sW, or beside them
     sBias: cute.Tensor  # (expert)
     full: cute.Pointer  # barriers, one for each stage: loaded
     free: cute.Pointer  # barriers, one for each stage: read, may be loaded again
     done: cute.Pointer  # barrier: a tile's product is complete (sm_100)
     drained: cute.Pointer  # barrier: its accumulators have been read (sm_100)
     part: cute.Pointer  # barrier: the owned tokens' logits have arrived
-    room: cute.Pointer  # barrier: every owner has read those of the last tile
+    room: cute.Pointer  # barrier: every owner has room for logits
     tmem: cute.Pointer  # the address of the accumulators (sm_100)
 
 
 class Tiles(NamedTuple):
     """The token tiles of a CTA, and its share of each."""
 
-    member: Int32  # of the team: which of the cluster's tiles
+    rank: Int32  # of the CTA in its cluster, of whose tokens it owns the slice of this number
     e_part: Int32  # which experts it multiplies
     k_part: Int32  # over which K
     first: Int32  # the first tile
     step: Int32  # from one tile to the next
-    count: Int32  # tiles, at least one; the last may be past the last token
-
-    def own(self, c: PrefillConfig) -> Int32:
-        """This CTA's place among those of its tile, of whose tokens it owns this slice."""
-        return self.k_part * c.split_e + self.e_part
-
-    def rank(self, c: PrefillConfig, place: Int32) -> Int32:
-        """The rank in the cluster of the CTA at a place among those of this tile."""
-        return self.member * c.per_tile + place
+    count: Int32  # tiles, at least one
 
 
 class Sink(Protocol):
     """Where sums go (`gemm.prefill_exchange`)."""
 
-    def open(self, s: Shared, turn: Int32) -> None:
+    def open(self, s: Shared, turn: Int32, tid: Int32) -> None:
         """Wait until there is room for those of tile `turn`."""
 
     def send(
@@ -89,6 +81,10 @@ class PrefillMainloop(ABC):
     @abstractmethod
     def accumulate(self, s: Shared, tid: Int32, tiles: Tiles, turn: Int32, sink: Sink) -> None:
         """Take part in the product of tile `turn`; all of the thread's sums go to `sink`."""
+
+    @abstractmethod
+    def free_held(self, s: Shared, tiles: Tiles, turn: Int32) -> None:
+        """Free the stages of tile `turn` whose place its logits had taken."""
 
     @abstractmethod
     def leave(self) -> None:

@@ -145,7 +145,7 @@ class PrefillSm100(PrefillMainloop):
         copy = tcgen05.make_tmem_copy(cute.make_copy_atom(op, Float32), tChunks[None, None, 0, 0])
         thr = copy.get_slice(tid)
         coords = thr.partition_D(cute.make_identity_tensor(shape))
-        sink.open(s, turn)
+        sink.open(s, turn, tid)
         cute.arch.mbarrier_wait(s.done, turn % 2)
         cute.arch.inline_ptx("tcgen05.fence::after_thread_sync;")
         for chunk in range(self.cfg.tile_experts // CHUNK):
@@ -162,6 +162,9 @@ class PrefillSm100(PrefillMainloop):
         cute.arch.sync_warp()
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive(s.drained)
+
+    def free_held(self, s: Shared, tiles: Tiles, turn: Int32) -> None:
+        """Nothing: none is held."""
 
     def leave(self) -> None:
         """The MMA warp may free the accumulators."""

@@ -1,7 +1,7 @@
 """Hugging Face models that route with this package: `patch(model)`, and `unpatch(model)` back.
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, device_map="cuda")
-    patch(model)  # every router is now a call of dense_decode or of hash_route
+    patch(model)  # every router is now a call of route or of hash_route
     model.generate(...)
     unpatch(model)
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from cute_router import checkpoint
-from cute_router.functional import dense_decode, hash_route
+from cute_router.functional import hash_route, route
 from cute_router.spec import RouterSpec, Routing, check_bool, type_name
 from cute_router.validate import ALIGNMENT, INTEGERS, check_factor, check_tensor, sizes
 
@@ -53,7 +53,7 @@ def patch(model: nn.Module, *, batch_invariant: bool = False) -> list[str]:
 
     Args:
         model: a model of transformers, or any module with such routers in it.
-        batch_invariant: as for `dense_decode`; of no effect on routers by token id.
+        batch_invariant: as for `route`; of no effect on routers by token id.
 
     Returns:
         The names of the routers within the model.
@@ -137,7 +137,7 @@ class ScoredRouter(PatchedRouter):
     def forward(self, hidden_states: Tensor) -> Routed:
         """Route hidden states [..., K], as N rows."""
         x = hidden_states.reshape(-1, self.hidden_dim)
-        routing = dense_decode(
+        routing = route(
             x,
             self.weight,
             self.e_score_correction_bias,

@@ -42,7 +42,7 @@ def simulate_prefill(
         return TensorMap(name, bits, values.shape[1], rows, after_wait=name == "x"), sizes
 
     rows = c.tile_tokens // c.split_e if c.multicast else c.tile_tokens
-    params = [*matrix("x", x, rows), *matrix("W", W, c.tile_experts // c.team)]
+    params = [*matrix("x", x, rows), *matrix("W", W, c.tile_experts)]
     if bias is not None:
         params.append(tensor_param(memory, "bias", bias.numpy().view(np.uint32).copy()))
     params.append(tensor_param(memory, "weights", weights, (N,)))
@@ -53,7 +53,7 @@ def simulate_prefill(
         params,
         memory,
         policy_of(policy),
-        grid=(min(ceil_div(N, c.tile_tokens * c.team), c.clusters) * c.cluster, 1),
+        grid=(min(ceil_div(N, c.tile_tokens), c.clusters) * c.cluster, 1),
         cluster_size=c.cluster,
         shared_bytes=c.smem_bytes,
         dependent=DEPENDENT,

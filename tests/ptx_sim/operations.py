@@ -50,6 +50,7 @@ EFFECTS = {
     "griddepcontrol.launch_dependents": ("nothing", 0),
     "fence.mbarrier_init": ("fence_inits", 0),
     "fence.proxy.async": ("fence_proxy", 0),
+    "fence.acq_rel": ("nothing", 0),
     "prefetch.tensormap": ("nothing", 0),
     "setmaxnreg": ("nothing", 0),
     "wgmma.fence": ("nothing", 0),
