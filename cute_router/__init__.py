@@ -25,6 +25,7 @@ from cute_router.spec import RouterSpec, Routing, TopK
 
 if TYPE_CHECKING:
     from cute_router.compile import warmup
+    from cute_router.tuning.tune import tune
 
 __version__ = "0.1.0"
 
@@ -42,14 +43,19 @@ __all__ = [
     "reference",
     "route",
     "topk",
+    "tune",
     "warmup",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs the compiler at its first use."""
+    """Import what leads to the kernels at its first use."""
     if name == "warmup":
         from cute_router.compile import warmup
 
         return warmup
+    if name == "tune":
+        from cute_router.tuning.tune import tune
+
+        return tune
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,8 +2,12 @@
 
     python -m cute_router compile --arch sm_100a --experts 256 --hidden 4096 --top-k 6
 
-builds the kernels of a router ahead of time, into the cache that `dense_decode` reads. It needs no
+builds the kernels of a router ahead of time, into the cache that `route` reads. It needs no
 GPU: the target is named.
+
+    python -m cute_router tune --experts 256 --hidden 4096 --top-k 6
+
+times the configurations of a router on this machine's GPU, and keeps the best for `dense_decode`.
 
     python -m cute_router selftest --quick
 
@@ -21,7 +25,10 @@ from cute_router import compile as compiler
 from cute_router import selftest
 from cute_router.arch import MAX_CLUSTER, TARGETS
 from cute_router.gemm.config import DecodeConfig, can_implement
-from cute_router.heuristics import MAX_BUCKET, decode_config
+from cute_router.gemm.prefill_config import PrefillConfig
+from cute_router.heuristics import DECODE_TOKENS, decode_config
+from cute_router.prefill_heuristics import prefill_config
+from cute_router.prefill_heuristics import token_bucket as prefill_bucket
 from cute_router.spec import SCORINGS, RouterSpec
 
 
@@ -32,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     add_compile(commands)
+    add_tune(commands)
     add_selftest(commands)
     options = parser.parse_args(arguments)
     status: int = options.run(options)
@@ -43,26 +51,19 @@ def add_compile(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser = commands.add_parser(
         "compile",
         help="build the kernels of a router into the cache; needs no GPU",
-        description="Build the dense_decode kernels of a router into the cache, without a GPU."
+        description="Build the kernels of cute_router.route into the cache, without a GPU."
         f" The cache is ${compiler.CACHE_VARIABLE}, or else a folder in the user's cache.",
     )
     add = parser.add_argument
     add("--arch", required=True, choices=sorted(set(TARGETS.values())), help="compile target")
-    add("--experts", required=True, type=int, metavar="E", help="number of experts")
-    add("--hidden", required=True, type=int, metavar="K", help="hidden size")
-    add("--top-k", required=True, type=int, metavar="k", help="experts chosen per token")
-    add("--scoring", choices=SCORINGS, default="sqrtsoftplus", help="default: %(default)s")
-    add("--no-bias", action="store_true", help="the router has no selection bias")
-    add("--no-renormalize", action="store_true", help="weights are not divided by their sum")
-    add("--n-group", type=int, default=1, metavar="G", help="expert groups (default: no groups)")
-    add("--topk-group", type=int, default=1, metavar="g", help="groups chosen per token")
+    add_router(parser, required=True)
     add(
         "--tokens",
         type=token_count,
         nargs="+",
-        default=range(1, MAX_BUCKET + 1),
+        default=range(1, DECODE_TOKENS + 1),
         metavar="N",
-        help=f"batch sizes to serve (default: 1 to {MAX_BUCKET}, which serve larger ones too)",
+        help=f"batch sizes to serve (default: 1 to {DECODE_TOKENS}, those of decode)",
     )
     add("--batch-invariant", action="store_true", help="as batch_invariant=True of dense_decode")
     add(
@@ -74,6 +75,33 @@ def add_compile(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     add("--no-pdl", action="store_true", help="as pdl=False of dense_decode")
     parser.set_defaults(run=run_compile, error=parser.error)
+
+
+def add_router(parser: argparse.ArgumentParser, required: bool) -> None:
+    """The arguments that say which router."""
+    add = parser.add_argument
+    add("--experts", required=required, type=int, metavar="E", help="number of experts")
+    add("--hidden", required=required, type=int, metavar="K", help="hidden size")
+    add("--top-k", required=required, type=int, metavar="k", help="experts chosen per token")
+    add("--scoring", choices=SCORINGS, default="sqrtsoftplus", help="default: %(default)s")
+    add("--no-bias", action="store_true", help="the router has no selection bias")
+    add("--no-renormalize", action="store_true", help="weights are not divided by their sum")
+    add("--n-group", type=int, default=1, metavar="G", help="expert groups (default: no groups)")
+    add("--topk-group", type=int, default=1, metavar="g", help="groups chosen per token")
+
+
+def router(options: argparse.Namespace) -> RouterSpec:
+    """The router of these arguments; raises `ValueError` where there is none like it."""
+    return RouterSpec(
+        options.experts,
+        options.hidden,
+        options.top_k,
+        options.scoring,
+        not options.no_renormalize,
+        not options.no_bias,
+        options.n_group,
+        options.topk_group,
+    )
 
 
 def run_compile(options: argparse.Namespace) -> int:
@@ -97,31 +125,89 @@ def run_compile(options: argparse.Namespace) -> int:
     return 0
 
 
-def choose(options: argparse.Namespace) -> dict[DecodeConfig, list[int]]:
+def choose(options: argparse.Namespace) -> dict[DecodeConfig | PrefillConfig, list[int]]:
     """The configurations that serve the asked batch sizes, each with those that it serves."""
-    spec = RouterSpec(
-        options.experts,
-        options.hidden,
-        options.top_k,
-        options.scoring,
-        not options.no_renormalize,
-        not options.no_bias,
-        options.n_group,
-        options.topk_group,
-    )
-    plan: dict[DecodeConfig, list[int]] = {}
+    spec, arch, invariant = router(options), options.arch, options.batch_invariant
+    shared = {"max_cluster": options.max_cluster, "pdl": not options.no_pdl}
+    plan: dict[DecodeConfig | PrefillConfig, list[int]] = {}
     for N in sorted(set(options.tokens)):
-        config = decode_config(
-            spec,
-            N,
-            options.arch,
-            max_cluster=options.max_cluster,
-            batch_invariant=options.batch_invariant,
-            pdl=not options.no_pdl,
-        )
-        can_implement(config)
+        config: DecodeConfig | PrefillConfig
+        if N <= DECODE_TOKENS or invariant:
+            config = decode_config(spec, N, arch, batch_invariant=invariant, **shared)
+            can_implement(config)
+        else:  # of a GPU with as many SMs as an H200
+            config = prefill_config(spec, prefill_bucket(N), arch, **shared)
         plan.setdefault(config, []).append(N)
     return plan
+
+
+def add_tune(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The command that measures which configurations are best."""
+    parser = commands.add_parser(
+        "tune",
+        help="time a router's configurations on this machine's GPU, and keep the best",
+        description="Time the configurations that may suit a router, drop those that are wrong,"
+        " and keep the best for this GPU model beside the compiled kernels. The GPU should have"
+        " nothing else to do.",
+    )
+    add_router(parser, required=False)
+    add = parser.add_argument
+    add(
+        "--tokens",
+        type=token_count,
+        nargs="+",
+        default=(1, 8, 16, 32, 64),
+        metavar="N",
+        help="batch sizes to choose for (default: one of each kind up to 64)",
+    )
+    add("--no-pdl", action="store_true", help="as pdl=False of dense_decode")
+    add("--device", type=device, default="cuda", help="default: %(default)s")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--show", action="store_true", help="show what was chosen before, on any GPU; time nothing"
+    )
+    instead.add_argument(
+        "--clear", action="store_true", help="forget what was chosen for this GPU; time nothing"
+    )
+    parser.set_defaults(run=run_tune, error=parser.error)
+
+
+def run_tune(options: argparse.Namespace) -> int:
+    """Measure and print what was chosen, or show or forget what was chosen before."""
+    from cute_router.tuning import report, store, tune
+
+    if options.show:
+        for path in store.files():
+            print(path)
+            for line in report.stored(path):
+                print(f"  {line}")
+        return 0
+    names = {"--experts": options.experts, "--hidden": options.hidden, "--top-k": options.top_k}
+    missing = [name for name, value in names.items() if value is None]
+    try:
+        if not options.clear:
+            if missing:
+                raise ValueError(f"the following arguments are required: {', '.join(missing)}")
+            spec = router(options)
+        index = tune.device_index(options.device)
+    except ValueError as error:
+        options.error(str(error))
+    gpu = store.gpu_of(index)
+    if options.clear:
+        gone = store.forget(gpu)
+        print("nothing was stored for this GPU" if gone is None else f"removed {gone}")
+        return 0
+    try:
+        choices = tune.tune(spec, options.tokens, f"cuda:{index}", pdl=not options.no_pdl)
+    except RuntimeError as error:
+        print(f"FAILED: {error}", file=sys.stderr)
+        return 1
+    for key, choice in choices.items():
+        print(report.line(key, choice))
+    path = store.file_of(gpu)
+    if choices.items() <= store.read(path, gpu).items():
+        print(f"kept in {path}")
+    return 0
 
 
 def add_selftest(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -1,12 +1,15 @@
 """Which kernels a device runs, for which target they are compiled, and how wide they can be."""
 
 from functools import cache
+from typing import Any
 
 import torch
 
 # Compute capability -> target. 10.3 runs the code of the family sm_100f, not that of sm_100a.
 TARGETS = {(9, 0): "sm_90a", (10, 0): "sm_100a", (10, 3): "sm_100f"}
 MAX_CLUSTER = 16  # CTAs; beyond 8 a cluster is non-portable, and a device may refuse it
+FULL_SMEM = 227 * 1024  # bytes that a CTA can have; with so many it is alone on its SM
+NOTHING = b".version 7.8\n.target sm_90\n.address_size 64\n.visible .entry nothing() { ret; }\n\0"
 
 
 def backend_for(device: torch.device | str | int) -> str:
@@ -48,14 +51,46 @@ def target_for(index: int) -> tuple[str, str]:
 @cache
 def max_cluster(device: int) -> int:
     """16 where clusters of 16 CTAs can start; 8, which always can, where they cannot (MIG)."""
-    import cutlass.utils
-
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()  # a context, which the query needs
-        try:
-            clusters = cutlass.utils.HardwareInfo(device).get_max_active_clusters(MAX_CLUSTER)
-        except RuntimeError as error:
-            if "INVALID_CLUSTER_SIZE" not in str(error):
-                raise
-            clusters = 0
-    return MAX_CLUSTER if clusters > 0 else 8
+        return MAX_CLUSTER if active_clusters(MAX_CLUSTER) > 0 else 8
+
+
+def active_clusters(size: int) -> int:
+    """How many clusters of `size` CTAs run at once on the current device, each CTA alone on its SM.
+
+    The driver says so of a kernel. This one does nothing, and the driver itself assembles it: to
+    ask in the language of the others would take their compiler.
+    """
+    from cuda.bindings import driver
+
+    module = _check(driver.cuModuleLoadData(NOTHING))
+    function = _check(driver.cuModuleGetFunction(module, b"nothing"))
+    attribute = driver.CUfunction_attribute
+    memory = attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    _check(driver.cuFuncSetAttribute(function, memory, FULL_SMEM))
+    larger = attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+    _check(driver.cuFuncSetAttribute(function, larger, 1))
+    cluster = driver.CUlaunchAttribute()
+    cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    cluster.value.clusterDim.x = size
+    cluster.value.clusterDim.y = cluster.value.clusterDim.z = 1
+    launch = driver.CUlaunchConfig()
+    launch.gridDimX, launch.blockDimX = size, 128
+    launch.gridDimY = launch.gridDimZ = launch.blockDimY = launch.blockDimZ = 1
+    launch.sharedMemBytes = FULL_SMEM
+    launch.attrs, launch.numAttrs = [cluster], 1
+    status, clusters = driver.cuOccupancyMaxActiveClusters(function, launch)
+    _check(driver.cuModuleUnload(module))
+    if status == driver.CUresult.CUDA_ERROR_INVALID_CLUSTER_SIZE:
+        return 0
+    _check((status,))
+    return int(clusters)
+
+
+def _check(result: Any) -> Any:
+    """What a driver call returns beside its status, which must be success."""
+    status, *values = result
+    if int(status) != 0:
+        raise RuntimeError(f"CUDA reports {status.name} when asked for its clusters")
+    return values[0] if values else None

@@ -2,9 +2,10 @@
 
     kernel(config)    in this process?  ->  in the disk cache?  ->  compile, publish  ->  load
 
-A configuration is a frozen dataclass and is the key of both caches. Kernels are exported as object
-files and loaded back as raw tvm-ffi functions, the shortest launch path there is; so a cache filled
-on a machine without a GPU, for any target, serves one that has it.
+What is in the cache is found and loaded (`load`) without importing the compiler. A configuration is
+a frozen dataclass and is the key of both caches. Kernels are exported as object files and loaded
+back as raw tvm-ffi functions, the shortest launch path there is; so a cache filled on a machine
+without a GPU, for any target, serves one that has it.
 
 A cached file carries the digest of its contents in its name and appears by an atomic rename: one
 that is torn, corrupt or foreign does not match its name, and counts as absent.
@@ -13,6 +14,7 @@ that is torn, corrupt or foreign does not match its name, and counts as absent.
 import atexit
 import hashlib
 import importlib
+import importlib.metadata
 import os
 import platform
 import tempfile
@@ -25,6 +27,7 @@ from typing import Any
 
 import torch
 
+from cute_router.load import flavour, load
 from cute_router.spec import RouterSpec
 
 CACHE_VARIABLE = "CUTE_ROUTER_CACHE_DIR"
@@ -59,7 +62,7 @@ def kernel(config: Any) -> Callable[..., None]:
                         "this call has no kernel yet, and none can be compiled or loaded inside a"
                         f" CUDA graph capture: make such a call once before it; {config}"
                     )
-                function = _loaded[config] = _load(object_file(config), symbol(config))
+                function = _loaded[config] = load(object_file(config), symbol(config))
     return function
 
 
@@ -92,18 +95,14 @@ def cache_dir() -> Path:
 @cache
 def _toolchain() -> str:
     """All that goes into a kernel beside its configuration: versions, sources, the host's kind."""
-    import cutlass
-    import tvm_ffi
-
     root = Path(__file__).parent
     sources = hashlib.sha256()
     for folder in ("epilogue", "gemm", "topk"):  # all that is traced; the rest only chooses
         for path in sorted((root / folder).glob("*.py")):
             sources.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     parts = (
-        cutlass.__version__,
-        cutlass.CUDA_VERSION,  # which flavour of the DSL's libraries compiles
-        tvm_ffi.__version__,
+        *(importlib.metadata.version(name) for name in ("nvidia-cutlass-dsl", "apache-tvm-ffi")),
+        flavour(),  # of the DSL's libraries
         platform.machine(),  # an object file holds native host code
         FLAGS,
         sources.hexdigest(),
@@ -147,20 +146,19 @@ def _compile(config: Any) -> Path:
 
 def trace_and_compile(config: Any, options: str = "") -> Any:
     """Compile `config` with extra compiler `options`; what the cache does without any."""
+    import cutlass
     import cutlass.cute as cute
 
+    if cutlass.CUDA_VERSION.major != flavour():  # the kernel would be kept under a wrong name
+        raise RuntimeError(
+            f"the compiler must be that for CUDA {flavour()}, which suits this driver; got that for"
+            f" CUDA {cutlass.CUDA_VERSION}"
+        )
     with _lock:
         entry, arguments = importlib.import_module(TRACERS[type(config).__name__]).trace(config)
         return cute.compile(
             entry, *arguments, options=f"--gpu-arch {config.arch} {FLAGS} {options}"
         )
-
-
-def _load(path: Path, name: str) -> Callable[..., None]:
-    import cutlass.cute as cute
-
-    function: Callable[..., None] = cute.runtime.load_module(str(path), enable_tvm_ffi=True)[name]
-    return function
 
 
 @cache

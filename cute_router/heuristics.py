@@ -1,12 +1,23 @@
 """Which configuration serves a router at a batch size: a pure function, by measurement.
 
 Nothing here looks at a GPU: the caller says for which target, and whether clusters of 16 start.
+What was measured on the GPU at hand comes before it (`tuning`).
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 
 from cute_router.arch import MAX_CLUSTER
-from cute_router.gemm.config import MAX_SMEM, TILE_K, DecodeConfig, ceil_div
+from cute_router.gemm.config import (
+    GROUP,
+    MAX_SMEM,
+    TILE_K,
+    TRIGGERS,
+    DecodeConfig,
+    can_implement,
+    ceil_div,
+)
 from cute_router.spec import RouterSpec
 
 MAX_BUCKET = 128
@@ -96,3 +107,53 @@ def resident(config: DecodeConfig) -> DecodeConfig:
     fixed = replace(config, stages=0, exclusive=False).smem_bytes
     room = (MAX_SMEM - fixed) // config.tile_bytes
     return replace(config, stages=min(config.k_blocks, room))
+
+
+def candidates(
+    spec: RouterSpec, N: int, arch: str, *, max_cluster: int = MAX_CLUSTER, pdl: bool = True
+) -> Iterator[DecodeConfig]:
+    """Configurations worth measuring for N tokens: that of `decode_config`, then those around it.
+
+    shapes    half, once and twice its token tile and split of K; and 128 experts to a tile
+    overlaps  every trigger, and each CTA alone on its SM or not, of every shape
+    a ring    half of its stages
+
+    Each is yielded once and can run. Where a CTA takes more than half of the SM's memory anyway,
+    `exclusive` is no difference.
+    """
+    own = decode_config(spec, N, arch, max_cluster=max_cluster, pdl=pdl)
+    widest = max(own.tile_tokens, token_bucket(N))  # a wider tile would hold no more tokens
+    most = largest_split(spec.hidden_size, max_cluster)
+    shapes = [
+        resident(replace(own, tile_tokens=tile_tokens, split_k=split_k))
+        for tile_tokens, split_k in product(around(own.tile_tokens), around(own.split_k))
+        if tile_tokens <= widest and split_k <= most
+    ]
+    if spec.num_experts > GROUP:
+        shapes.append(resident(replace(own, tile_experts=2 * GROUP)))
+    overlaps = product(TRIGGERS if pdl else (own.trigger,), (False, True))
+    found = [own]
+    for shape, (trigger, exclusive) in product(shapes, overlaps):
+        found.append(replace(shape, trigger=trigger, exclusive=exclusive))
+    found.append(replace(own, stages=max(2, own.stages // 2)))
+    seen = set()
+    for config in found:
+        shared = replace(config, exclusive=False)
+        alike = shared if shared.smem_bytes == config.smem_bytes else config
+        if alike not in seen and runs(config):
+            seen.add(alike)
+            yield config
+
+
+def around(n: int) -> tuple[int, int, int]:
+    """A number, its half and its double."""
+    return n, n // 2, 2 * n
+
+
+def runs(config: DecodeConfig) -> bool:
+    """Whether a configuration can be built and launched."""
+    try:
+        can_implement(config)
+    except ValueError:
+        return False
+    return True

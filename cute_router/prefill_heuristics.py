@@ -13,6 +13,7 @@ from dataclasses import replace
 from itertools import product
 from math import log2
 
+from cute_router.arch import MAX_CLUSTER
 from cute_router.gemm.config import MAX_SMEM, TILE_K, ceil_div
 from cute_router.gemm.prefill_config import PrefillConfig, can_implement
 from cute_router.spec import RouterSpec
@@ -24,6 +25,7 @@ SMS = 132
 AT_ONCE = {1: 132, 2: 66, 3: 39, 4: 30, 6: 17, 8: 15, 16: 7}
 MAX_STAGES = 8
 FEWEST_TOKENS = 64  # of the smallest bucket
+MAX_BUCKET = 1 << 17  # with so many token tiles, more of them make no difference
 
 # All in cycles of an SM, or bytes in one.
 MMA_START = 30  # of each MMA of 64 tokens and 16 of K, beside half a cycle for an expert
@@ -38,22 +40,34 @@ CLUSTER_START = 1600  # for each doubling of the cluster
 
 
 def prefill_config(
-    spec: RouterSpec, N: int, arch: str, sms: int = SMS, *, pdl: bool = True
+    spec: RouterSpec,
+    N: int,
+    arch: str,
+    sms: int = SMS,
+    *,
+    max_cluster: int = MAX_CLUSTER,
+    pdl: bool = True,
 ) -> PrefillConfig:
     """The configuration of `dense_prefill` for N tokens on `arch`."""
-    found = list(candidates(spec, arch, sms, pdl=pdl))
+    found = list(candidates(spec, arch, sms, max_cluster=max_cluster, pdl=pdl))
     return min(found, key=lambda config: cycles(config, N))
 
 
 def token_bucket(N: int) -> int:
     """The batch sizes that share a configuration: a power of two from 64, or half way to it."""
+    N = min(N, MAX_BUCKET)
     power = max(FEWEST_TOKENS, 1 << (N - 1).bit_length())
     less = power // 4 * 3
     return less if FEWEST_TOKENS < N <= less else power
 
 
 def candidates(
-    spec: RouterSpec, arch: str, sms: int = SMS, *, pdl: bool = True
+    spec: RouterSpec,
+    arch: str,
+    sms: int = SMS,
+    *,
+    max_cluster: int = MAX_CLUSTER,
+    pdl: bool = True,
 ) -> Iterator[PrefillConfig]:
     """Configurations worth measuring. Three parts of K were never the best."""
     hopper = arch == "sm_90a"
@@ -64,7 +78,9 @@ def candidates(
         (True, False) if hopper else (False,),
     ):
         cluster = split_e * split_k
-        if cluster not in AT_ONCE or split_k > ceil_div(spec.hidden_size, TILE_K):
+        if cluster not in AT_ONCE or cluster > max_cluster:
+            continue
+        if split_k > ceil_div(spec.hidden_size, TILE_K):
             continue
         config = PrefillConfig(
             spec,

@@ -275,7 +275,7 @@ def draw_hostile(case: Case, device: torch.device | str, seed: int) -> Inputs:
 
 def token_tile(N: int) -> tuple[int, int]:
     """The numbers of tokens that may share a compiled kernel with N."""
-    for low, high in ((1, 8), (9, 16), (17, 32), (33, 64)):
+    for low, high in ((1, 8), (9, 16), (17, 32), (33, 64), (65, 128)):
         if N in range(low, high + 1):
             return low, high
-    return 65, N
+    return 129, N

@@ -19,8 +19,17 @@ from oracle import assert_gated, assert_routing
 from topk_cases import BF16, F16, I32, I64, Size
 from topk_oracle import assert_same_topk, expected_topk
 
-from cute_router import Routing, TopK, activation_topk, dense_decode, hash_route, reference, topk
-from cute_router.gemm import decode
+from cute_router import (
+    Routing,
+    TopK,
+    activation_topk,
+    dense_decode,
+    dense_prefill,
+    hash_route,
+    reference,
+    topk,
+)
+from cute_router.gemm import decode, prefill
 from cute_router.topk import radix
 
 # Small, but with more than one CTA in a cluster, more than one cluster, and ragged ends.
@@ -63,7 +72,8 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("needs a CUDA device; there is none")
         return 1
-    decode.max_cluster = radix.max_cluster = lambda device: max_cluster
+    for module in (decode, prefill, radix):
+        module.max_cluster = lambda device: max_cluster
     for run, cases in (
         (run_dense, CASES),
         (run_topk, SIZES),
@@ -77,13 +87,18 @@ def main() -> int:
 
 
 def run_dense(case: Case) -> None:
-    """dense_decode."""
+    """dense_decode and dense_prefill."""
     inputs = draw(case, "cpu", kinds=["normal", "nan", "all equal"])
     on_gpu = Inputs(*(None if t is None else padded_as(t).cuda() for t in inputs))
     on_gpu = on_gpu._replace(x=on_gpu.x[:, : case.K])
-    for launch in ({}, {"pdl": False}, {"batch_invariant": True}):
+    for function, launch in (
+        (dense_decode, {}),
+        (dense_decode, {"pdl": False}),
+        (dense_decode, {"batch_invariant": True}),
+        (dense_prefill, {}),
+    ):
         for _ in range(2):
-            weights, ids = dense_decode(*on_gpu, **case.options, **launch)
+            weights, ids = function(*on_gpu, **case.options, **launch)
             torch.cuda.synchronize()
             assert_routing(Routing(weights.cpu(), ids.cpu()), *inputs, **case.options)
 

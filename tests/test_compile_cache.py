@@ -26,6 +26,7 @@ from cute_router import compile as compiler
 from cute_router.arch import TARGETS
 from cute_router.gemm.config import DecodeConfig
 from cute_router.heuristics import decode_config
+from cute_router.prefill_heuristics import prefill_config
 from cute_router.topk.config import GateConfig
 
 ROOT = Path(__file__).parent.parent
@@ -180,15 +181,18 @@ def test_the_key_changes_with_the_sources_of_kernels_and_only_those(tmp_path, mo
 
 
 def test_the_key_changes_with_the_versions_of_the_tools(monkeypatch):
-    import cutlass
-    import tvm_ffi
-
     toolchain = compiler._toolchain.__wrapped__
+    version = compiler.importlib.metadata.version
     seen = {toolchain()}
-    for module in (cutlass, tvm_ffi):
-        monkeypatch.setattr(module, "__version__", "0.0.1")
-        seen.add(toolchain())
-    monkeypatch.setattr(cutlass, "CUDA_VERSION", "11.0")
+    for tool in ("nvidia-cutlass-dsl", "apache-tvm-ffi"):
+        with monkeypatch.context() as changed:
+            changed.setattr(
+                compiler.importlib.metadata,
+                "version",
+                lambda name, tool=tool: "0.0.1" if name == tool else version(name),
+            )
+            seen.add(toolchain())
+    monkeypatch.setattr(compiler, "flavour", lambda: 11)
     assert len({*seen, toolchain()}) == 4
 
 
@@ -416,11 +420,11 @@ def test_the_commands_options_reach_the_configuration(cache, monkeypatch, tmp_pa
     cli.main([*ROUTER, *options, *groups])
     spec = RouterSpec(64, 128, 6, "sigmoid", False, False, 4, 2)
     assert built == [decode_config(spec, 1, "sm_90a", batch_invariant=True, pdl=False)]
-    assert capsys.readouterr().out.startswith("tokens 1-64 ")
+    assert capsys.readouterr().out.startswith("tokens 1-128 ")
 
     built.clear()
     cli.main(ROUTER)
-    served = [decode_config(RouterSpec(64, 128, 6), N, "sm_90a") for N in range(1, 65)]
+    served = [decode_config(RouterSpec(64, 128, 6), N, "sm_90a") for N in range(1, 129)]
     assert built == list(dict.fromkeys(served))
 
 
@@ -430,6 +434,21 @@ def test_the_commands_options_reach_the_configuration(cache, monkeypatch, tmp_pa
 )
 def test_batch_sizes_are_shown_as_ranges(numbers, text):
     assert cli.ranges(numbers) == text
+
+
+def test_the_command_builds_prefill_kernels_for_larger_batches(monkeypatch, tmp_path, capsys):
+    built = []
+    (tmp_path / "kernel.o").touch()
+    monkeypatch.setattr(compiler, "cached_file", lambda config: None)
+    monkeypatch.setattr(
+        compiler, "object_file", lambda config: built.append(config) or tmp_path / "kernel.o"
+    )
+    cli.main([*ROUTER, "--tokens", "64", "129", "1000"])
+    spec = RouterSpec(64, 128, 6)
+    wanted = [decode_config(spec, 64, "sm_90a")]
+    wanted += [prefill_config(spec, bucket, "sm_90a") for bucket in (192, 1024)]
+    assert built == list(dict.fromkeys(wanted))
+    assert "tokens 64 " in capsys.readouterr().out
 
 
 BAD = [

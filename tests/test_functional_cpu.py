@@ -1,4 +1,4 @@
-"""dense_decode's contract, on CPU tensors: what it accepts, returns and refuses.
+"""The contract of the dense functions, on CPU tensors: what they accept, return and refuse.
 
 The checks run before any backend is chosen, so what is refused here is refused on a GPU too.
 """
@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import cute_router
-from cute_router import dense_decode, reference
+from cute_router import dense_decode, dense_prefill, reference, route
 
+DENSE = [dense_decode, dense_prefill, route]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu(capability=(8, 0)))]
 
 
@@ -45,10 +46,11 @@ def padded(t, stride):
     [(1, 7, 264, 6), (3, 1, 8, 1), (64, 256, 512, 6), (17, 300, 264, 8), (2, 1024, 64, 32)],
 )
 @pytest.mark.parametrize("scoring", ["sqrtsoftplus", "sigmoid", "softmax"])
-def test_the_result_is_the_references(N, E, K, k, scoring):
+@pytest.mark.parametrize("dense", DENSE)
+def test_the_result_is_the_references(dense, N, E, K, k, scoring):
     x, W, bias = inputs(N, E, K)
     options = {"top_k": k, "scoring": scoring, "routed_scaling_factor": 1.5}
-    result, expected = dense_decode(x, W, bias, **options), reference.route(x, W, bias, **options)
+    result, expected = dense(x, W, bias, **options), reference.route(x, W, bias, **options)
     assert isinstance(result, cute_router.Routing)
     assert (result.weights.dtype, result.ids.dtype) == (torch.float32, torch.int32)
     assert result.weights.shape == result.ids.shape == (N, k)
@@ -128,8 +130,10 @@ def test_any_finite_factor_from_zero_is_accepted(factor):
     torch.testing.assert_close(weights.double().sum(-1), torch.full((5,), float(factor)).double())
 
 
-def test_dense_decode_and_the_reference_share_their_defaults():
+def test_the_dense_functions_share_their_signature_and_its_defaults_with_the_reference():
     ours = inspect.signature(dense_decode).parameters
+    assert inspect.signature(dense_prefill).parameters == ours
+    assert inspect.signature(route).parameters == ours
     for name, parameter in inspect.signature(reference.route).parameters.items():
         assert ours[name].default == parameter.default, name
         assert ours[name].kind == parameter.kind, name
@@ -346,17 +350,19 @@ BAD_OPTIONS = [
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", BAD_TENSORS)
-def test_a_bad_tensor_is_refused_by_name(case, device):
+@pytest.mark.parametrize("dense", DENSE)
+def test_a_bad_tensor_is_refused_by_name(dense, case, device):
     spoil, error, message = BAD_TENSORS[case]
     with pytest.raises(error, match=message):
-        dense_decode(*spoil(*inputs(device=device)))
+        dense(*spoil(*inputs(device=device)))
 
 
 @pytest.mark.parametrize(
     ("options", "error", "message"), BAD_OPTIONS, ids=["+".join(case[0]) for case in BAD_OPTIONS]
 )
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_bad_option_is_refused_by_name(options, error, message, device):
+@pytest.mark.parametrize("dense", DENSE)
+def test_a_bad_option_is_refused_by_name(dense, options, error, message, device):
     x, W, bias = inputs(device=device)
     for name, value in options.items():
         if isinstance(value, torch.Tensor) and not value.is_meta:
@@ -364,9 +370,9 @@ def test_a_bad_option_is_refused_by_name(options, error, message, device):
                 value.shape, value.stride(), dtype=value.dtype, device=device
             )
             options = options | {name: moved}
-    dense_decode(x, W, bias)  # so that a memoised good call is there to be mistaken for this one
+    dense(x, W, bias)  # so that a memoised good call is there to be mistaken for this one
     with pytest.raises(error, match=message):
-        dense_decode(x, W, bias, **options)
+        dense(x, W, bias, **options)
 
 
 def test_true_is_not_taken_for_the_memoised_1():

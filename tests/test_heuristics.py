@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
 
@@ -10,7 +10,13 @@ import pytest
 
 from cute_router import RouterSpec
 from cute_router.gemm.config import MAX_SMEM, TILE_K, can_implement
-from cute_router.heuristics import MAX_BUCKET, decode_config, resident, token_bucket
+from cute_router.heuristics import (
+    MAX_BUCKET,
+    candidates,
+    decode_config,
+    resident,
+    token_bucket,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -102,3 +108,66 @@ print(*({"cutlass", "tvm_ffi"} & set(sys.modules)))
 """
     imported = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT)
     assert imported.split() == []
+
+
+# --- candidates for tuning ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_cluster", [8, 16])
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("E", [1, 7, 64, 160, 256, 384, 1024])
+def test_every_candidate_can_run_and_the_first_is_the_heuristics_own(E, arch, max_cluster):
+    for K, k, scoring in product((8, 264, 4096, 7168, 65536), (1, 6, 32), ("sigmoid", "softmax")):
+        if k > E:
+            continue
+        spec = RouterSpec(E, K, k, scoring)
+        for N in (1, 8, 16, 32, 64):
+            found = list(candidates(spec, N, arch, max_cluster=max_cluster))
+            assert found[0] == decode_config(spec, N, arch, max_cluster=max_cluster)
+            assert len(set(found)) == len(found) <= 60
+            for config in found:
+                can_implement(config)
+                assert (config.spec, config.arch, config.pdl) == (spec, arch, True)
+                assert config.split_k <= max_cluster
+
+
+def differing(config, own):
+    """The fields in which a candidate differs from the heuristics' own, and how."""
+    return {
+        field.name: getattr(config, field.name)
+        for field in fields(config)
+        if getattr(config, field.name) != getattr(own, field.name)
+    }
+
+
+def test_candidates_vary_all_that_only_changes_the_speed():
+    own, *others = candidates(FLASH, 16, "sm_90a")
+    changes = [differing(config, own) for config in others]
+    assert (own.tile_tokens, own.split_k, own.stages, own.exclusive) == (16, 16, 4, True)
+    for change in (
+        {"tile_tokens": 8},
+        {"split_k": 8, "stages": 8},
+        {"tile_tokens": 8, "split_k": 8, "stages": 8},
+        {"tile_experts": 128},
+        {"trigger": "wait"},
+        {"trigger": "product"},
+        {"exclusive": False},
+        {"exclusive": False, "trigger": "wait"},
+        {"stages": 2},
+    ):
+        assert change in changes, change
+
+
+def test_without_dependent_launch_its_trigger_is_no_choice():
+    found = list(candidates(FLASH, 16, "sm_90a", pdl=False))
+    assert {config.trigger for config in found} == {found[0].trigger}
+    assert not any(config.pdl for config in found)
+
+
+def test_being_alone_on_an_sm_is_a_choice_only_where_there_is_room_for_another():
+    for config in candidates(PRO, 64, "sm_90a"):
+        alone = replace(config, exclusive=True)
+        assert (
+            not config.exclusive or config.smem_bytes > replace(config, exclusive=False).smem_bytes
+        )
+        assert alone.smem_bytes > MAX_SMEM // 2

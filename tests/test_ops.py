@@ -15,7 +15,8 @@ from cute_router import Router, RouterSpec, eager, functional
 ops = torch.ops.cute_router
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu(capability=(8, 0)))]
 HAS_CXX = any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++")))
-FUNCTIONS = ["dense_decode", "hash_route", "activation_topk", "topk"]
+DENSE = ["dense_decode", "dense_prefill", "route"]
+FUNCTIONS = [*DENSE, "hash_route", "activation_topk", "topk"]
 
 
 def dense(N=5, E=40, K=64, device="cpu"):
@@ -28,7 +29,7 @@ def samples(name, N=5, device="cpu"):
     x, W, bias = dense(N, device=device)
     token_ids = torch.randint(-1, 20, (N,), device=device)
     table = torch.randint(40, (20, 4), device=device)
-    if name == "dense_decode":
+    if name in DENSE:
         groups = {"n_group": 8, "topk_group": 2, "renormalize": False}
         return [((x, W), {}), ((x, W, bias), {"top_k": 3, "scoring": "softmax"} | groups)]
     if name == "hash_route":

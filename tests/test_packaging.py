@@ -20,6 +20,18 @@ def test_importing_the_package_brings_no_kernel_compiler_and_no_other_library(mo
     assert imported.split() == []
 
 
+def test_importing_the_package_brings_nothing_but_itself_to_a_process_that_has_torch():
+    code = """
+import sys, torch
+before = set(sys.modules)
+import cute_router
+packages = {name.partition(".")[0] for name in set(sys.modules) - before}
+print(*(packages - set(sys.stdlib_module_names)))
+"""
+    imported = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT)
+    assert imported.split() == ["cute_router"]
+
+
 def test_the_version_is_the_one_that_is_published():
     published = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)
     assert published

@@ -1,20 +1,24 @@
-"""The prefill kernels on a GPU: held to the oracle at many sizes, options and configurations.
+"""dense_prefill and route on a GPU: held to the oracle at many sizes, options and configurations.
 
-The host entry is called as the public functions call it, with arguments that are already checked.
+Most tests call the host entry, as dense_prefill does once arguments are checked.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from cases import FLASH, PRO, ROWS, SCORINGS, Case, Inputs, draw, ids
+from cases import FLASH, PRO, ROWS, SCORINGS, Case, Inputs, draw, draw_hostile, ids
 from oracle import assert_routing
+from test_decode_gpu import device_work
 
-from cute_router import RouterSpec, Routing
+from cute_router import RouterSpec, Routing, dense_decode, dense_prefill, route
 from cute_router.arch import target_for
 
 pytestmark = pytest.mark.gpu
+
+FUZZ_SEEDS = 20  # for each of the routers
 
 SIZES = [
     Case("one tile and a bit", *FLASH, 65),
@@ -86,6 +90,10 @@ def run(case: Case, inputs: Inputs, **launched: bool) -> Routing:
     return out
 
 
+def call(function: Callable[..., Routing], case: Case, inputs: Inputs, **options: Any) -> Routing:
+    return function(*inputs, **case.options, **options)
+
+
 def assert_same_bits(actual: Routing, wanted: Routing) -> None:
     assert torch.equal(actual.ids, wanted.ids)
     assert torch.equal(actual.weights.view(torch.int32), wanted.weights.view(torch.int32))
@@ -108,11 +116,54 @@ def test_routes_rows_of_every_kind_as_the_oracle_does(case, integer):
     assert_routing(run(case, inputs), *inputs, **case.options)
 
 
-@pytest.mark.parametrize("case", [SIZES[1], replace(SIZES[3], N=700)], ids=ids)
-def test_batch_invariant_calls_are_right(case):
+@pytest.mark.parametrize("case", [SIZES[1], *SIZES[10:15:4], SIZES[15]], ids=ids)
+def test_the_functions_are_their_host_entries(case):
     inputs = draw(case, "cuda")
-    routing = run(case, inputs, batch_invariant=True)
-    assert_routing(routing, *inputs, **case.options)
+    prefilled = call(dense_prefill, case, inputs)
+    assert_same_bits(prefilled, run(case, inputs))
+    out = poisoned(case)
+    call(dense_prefill, case, inputs, out_weights=out.weights, out_ids=out.ids)
+    assert_same_bits(out, prefilled)
+
+
+@pytest.mark.parametrize("case", [SIZES[1], replace(SIZES[14], N=700), OPTIONS[0]], ids=ids)
+def test_route_is_decode_up_to_128_tokens_and_prefill_from_129_on(case):
+    inputs = draw(replace(case, N=129), "cuda")
+    assert_same_bits(call(route, case, inputs), call(dense_prefill, case, inputs))
+    fewer = inputs._replace(x=inputs.x[:128])
+    assert_same_bits(call(route, case, fewer), call(dense_decode, case, fewer))
+
+
+@pytest.mark.parametrize("case", [*SIZES[2:4], SIZES[6], SIZES[9], SIZES[15]], ids=ids)
+def test_a_batch_invariant_token_has_the_same_bits_in_every_function_and_at_every_n(case):
+    case = replace(case, N=700)
+    inputs = draw(case, "cuda")
+    together = call(dense_prefill, case, inputs, batch_invariant=True)
+    assert_routing(together, *inputs, **case.options)
+    for N in (1, 5, 64, 128, 129, 512):
+        some = inputs._replace(x=inputs.x[:N])
+        for function in (dense_decode, dense_prefill, route):
+            part = call(function, case, some, batch_invariant=True)
+            assert_same_bits(part, Routing(together.weights[:N], together.ids[:N]))
+
+
+@pytest.mark.parametrize("case", [*SIZES[9:13], *SIZES[15:]], ids=ids)
+def test_routes_random_hostile_cases_as_the_oracle_does(case):
+    for seed in range(FUZZ_SEEDS):
+        inputs = draw_hostile(replace(case, N=300), "cuda", seed)
+        try:
+            assert_routing(call(dense_prefill, case, inputs), *inputs, **case.options)
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {error}") from error
+
+
+def test_a_call_is_one_kernel_and_nothing_else():
+    case = SIZES[2]
+    inputs = draw(case, "cuda")
+    call(dense_prefill, case, inputs)
+    work = device_work(lambda: [call(dense_prefill, case, inputs) for _ in range(5)])
+    assert len(work) == 5, work
+    assert len(set(work)) == 1, work
 
 
 @pytest.mark.parametrize("case", [replace(SIZES[0], K=512, N=300), SIZES[9]], ids=ids)

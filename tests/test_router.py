@@ -11,7 +11,7 @@ from test_ops import check_compiled, compiled, same
 from torch import nn
 
 import cute_router
-from cute_router import Router, RouterSpec, dense_decode, hash_route
+from cute_router import Router, RouterSpec, hash_route, route
 
 E, K, VOCAB = 40, 64, 20
 SPEC = RouterSpec(E, K, 4)
@@ -59,12 +59,12 @@ def same_state(first, second):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_dense_router_is_dense_decode_with_its_spec(bias):
+def test_a_dense_router_is_route_with_its_spec(bias):
     spec = RouterSpec(E, K, 3, "sigmoid", False, bias, 8, 2)
     router, x = Router(spec, routed_scaling_factor=2.5, batch_invariant=True), hidden(5)
     if bias:
         router.e_score_correction_bias.normal_()
-    expected = dense_decode(
+    expected = route(
         x,
         router.weight,
         router.e_score_correction_bias,
@@ -473,9 +473,9 @@ def test_a_compiled_router_trains_as_an_eager_one():
     router.weight.requires_grad_()
     fast, _ = compiled(router)
     grads = []
-    for route in (router, fast):
+    for module in (router, fast):
         router.zero_grad()
-        (route(x).weights ** 2).sum().backward()
+        (module(x).weights ** 2).sum().backward()
         grads.append(router.weight.grad.clone())
     assert torch.equal(*grads)
 

@@ -17,6 +17,7 @@ MAX_SMEM = 227 * 1024  # bytes of shared memory a CTA can have on sm_90 and sm_1
 MAX_TOKEN_TILES = 256  # of one launch; a larger batch takes several
 TICKETS = MAX_TOKEN_TILES * MAX_CLUSTER  # words at the head of the scratch, one for each owner CTA
 EPILOGUE_MISC = 1024  # barriers, alignment, and a margin, in bytes
+TRIGGERS = ("start", "wait", "product")  # when the kernel behind may start
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -149,7 +150,7 @@ def can_implement(config: DecodeConfig) -> None:
         raise ValueError(f"tile_tokens must be one of {tokens} on {c.arch}; got {c.tile_tokens}")
     if c.split_k not in (2, 4, 8, 16):
         raise ValueError(f"split_k must be 2, 4, 8 or 16; got {c.split_k}")
-    if c.trigger not in ("start", "wait", "product"):
+    if c.trigger not in TRIGGERS:
         raise ValueError(f'trigger must be "start", "wait" or "product"; got {c.trigger!r}')
     if not min(2, c.k_blocks) <= c.stages <= c.k_blocks:  # a ring frees a stage one block late
         raise ValueError(f"stages must be from 2 to k_blocks={c.k_blocks}; got {c.stages}")

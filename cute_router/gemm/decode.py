@@ -10,9 +10,10 @@ from torch import Tensor
 from cute_router import compile as compiler
 from cute_router.arch import max_cluster, target_for
 from cute_router.gemm import generic
-from cute_router.gemm.config import MAX_TOKEN_TILES, TICKETS, can_implement
+from cute_router.gemm.config import MAX_TOKEN_TILES, TICKETS, DecodeConfig, can_implement
 from cute_router.heuristics import MAX_BUCKET, decode_config, token_bucket
 from cute_router.spec import RouterSpec, Routing, Scoring
+from cute_router.tuning.store import tuned
 from cute_router.validate import FP32_MAX, Options, spec_of
 from cute_router.workspace import Workspace
 
@@ -101,9 +102,23 @@ def launch(
     if plan is None:
         generic.launch(x, W, bias, weights, ids, spec, factor, batch_invariant=options[-2])
         return
+    run(plan, x, W, bias, weights, ids, factor)
+
+
+def run(
+    plan: Plan,
+    x: Tensor,
+    W: Tensor,
+    bias: Tensor | None,
+    weights: Tensor,
+    ids: Tensor,
+    factor: float,
+) -> None:
+    """Queue the kernel of `plan`, once for as many tokens as one launch takes."""
     x, W = row_strided(x), row_strided(W)
+    N = x.shape[0]
     step = min(N, plan.max_tokens)
-    stream = torch._C._cuda_getCurrentRawStream(device)
+    stream = torch._C._cuda_getCurrentRawStream(x.get_device())
     scratch = plan.scratch.slot(stream, TICKETS + step * plan.token_words)
     for first in range(0, N, step):
         rows = slice(first, first + step)
@@ -151,6 +166,13 @@ def plan_of(
         batch_invariant=batch_invariant,
         pdl=pdl,
     )
+    if not batch_invariant:
+        config = tuned(config, bucket, device)
+    return plan_for(config, device)
+
+
+def plan_for(config: DecodeConfig, device: int) -> Plan:
+    """Compile and load the kernel of `config`."""
     can_implement(config)
     kernel = compiler.kernel(config)
     return Plan(

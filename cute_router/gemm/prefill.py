@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 from cute_router import compile as compiler
-from cute_router.arch import target_for
+from cute_router.arch import max_cluster, target_for
 from cute_router.gemm import decode, generic
 from cute_router.gemm.prefill_config import can_implement
 from cute_router.prefill_heuristics import prefill_config, token_bucket
 from cute_router.spec import RouterSpec, Routing, Scoring
+from cute_router.tuning.store import tuned
 from cute_router.validate import Options, spec_of
 
 MAX_TOKENS = 1 << 21  # of one launch: what it writes stays within 32-bit offsets
-MAX_BUCKET = 1 << 17  # larger batches have so many token tiles that the best way is the same
 
 
 def fast(
@@ -33,8 +33,7 @@ def fast(
         device = x.get_device()
         if options[-2] or not (0 < N <= MAX_TOKENS and decode.plain(device, W, bias, factor)):
             return None
-        bucket = token_bucket(min(N, MAX_BUCKET))
-        kernel = kernel_of(W.shape[0], K, bias is not None, *options, bucket, device)
+        kernel = kernel_of(W.shape[0], K, bias is not None, *options, token_bucket(N), device)
         if kernel is None:
             return None
         shape, place = (N, options[0]), x.device
@@ -67,7 +66,7 @@ def launch(
     if options[-2]:  # batch-invariant: one kernel serves every N
         decode.launch(x, W, bias, weights, ids, spec, factor, options)
         return
-    bucket = token_bucket(min(N, MAX_BUCKET))
+    bucket = token_bucket(N)
     kernel = kernel_of(spec.num_experts, spec.hidden_size, spec.has_bias, *options, bucket, device)
     if kernel is None:
         generic.launch(x, W, bias, weights, ids, spec, factor, batch_invariant=False)
@@ -100,7 +99,9 @@ def kernel_of(
     backend, target = target_for(device)
     if backend == "generic":
         return None
-    config = prefill_config(spec, bucket, target, sm_count(device), pdl=pdl)
+    most = max_cluster(device)
+    config = prefill_config(spec, bucket, target, sm_count(device), max_cluster=most, pdl=pdl)
+    config = tuned(config, bucket, device)
     can_implement(config)
     return compiler.kernel(config)
 

@@ -6,12 +6,15 @@ amount of shared memory without a word and the launch then fails.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from cute_router.arch import MAX_CLUSTER
 from cute_router.gemm.config import MAX_SMEM, TILE_K, ceil_div
 from cute_router.spec import RouterSpec
 from cute_router.topk.config import WARP
-from cute_router.topk.lanes import Lanes
+
+if TYPE_CHECKING:
+    from cute_router.topk.lanes import Lanes
 
 MAX_MMA_EXPERTS = 256  # of one instruction, on MMA-N
 MAX_CHAIN = 32  # K blocks: 2048 products of one chain
@@ -119,8 +122,10 @@ class PrefillConfig:
         return self.spec.scoring != "softmax" and self.spec.n_group == 1
 
     @property
-    def lay(self) -> Lanes:
+    def lay(self) -> "Lanes":
         """How a token's logits lie on the lanes that choose."""
+        from cute_router.topk.lanes import Lanes  # which brings the compiler
+
         return Lanes(self.spec.num_experts, self.spec.top_k, self.lanes, run=4, exact=False)
 
     @property

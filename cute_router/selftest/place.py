@@ -9,7 +9,7 @@ import torch
 import cute_router
 from cute_router.arch import backend_for, max_cluster, target_for
 
-PACKAGES = ("torch", "nvidia-cutlass-dsl", "apache-tvm-ffi", "cuda-python")
+PACKAGES = ("torch", "nvidia-cutlass-dsl", "apache-tvm-ffi", "apache-tvm-ffi-orcjit", "cuda-python")
 
 
 def describe(device: torch.device) -> list[str]:

@@ -26,8 +26,7 @@ def table(sizes: Sequence[tuple[int, int, int]], device: torch.device) -> list[s
 
 def decode_us(E: int, K: int, N: int, device: torch.device) -> float:
     """Median microseconds of `dense_decode` among others of its kind, as in a model's layers."""
-    l2 = torch.cuda.get_device_properties(device).L2_cache_size
-    buffers = max(2, math.ceil(PAST_L2 * l2 / (2 * E * K)))
+    buffers = sets_past_l2(2 * E * K, device)
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -51,6 +50,12 @@ def decode_us(E: int, K: int, N: int, device: torch.device) -> float:
         )
 
     return graph_us(call, max(CALLS, buffers))
+
+
+def sets_past_l2(nbytes: int, device: torch.device) -> int:
+    """How many sets of this size a graph must rotate through for none to stay in the L2 cache."""
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(2, math.ceil(PAST_L2 * l2 / nbytes))
 
 
 def graph_us(call: Callable[[int], None], calls: int) -> float:
