@@ -111,8 +111,8 @@ def lanes_of(config: PrefillConfig) -> int:
 
 
 def deepest(config: PrefillConfig) -> PrefillConfig:
-    """`config` with as many stages as fit."""
-    stages = MAX_STAGES
+    """`config` with as many stages as fit, and do not meet the logits over them."""
+    stages = min(MAX_STAGES, max(2, config.k_blocks)) if config.overlay else MAX_STAGES
     while stages > 2 and replace(config, stages=stages).smem_bytes > MAX_SMEM:
         stages -= 1
     return replace(config, stages=stages)

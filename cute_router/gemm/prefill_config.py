@@ -150,15 +150,17 @@ class PrefillConfig:
     @property
     def held(self) -> int:
         """Stages that are not free again before their tile's experts have been chosen."""
-        return min(self.stages, self.k_blocks) if self.overlay else 0
+        return self.stages if self.overlay else 0
 
     @property
     def chain(self) -> int:
         """K blocks whose products are summed by the tensor cores alone, on sm_90.
 
         What those drop of every partial sum adds up: whole chains are summed in fp32 registers.
+        Softmax takes shorter ones: its weights follow the logits themselves, however large.
         """
-        return ceil_div(self.k_blocks, ceil_div(self.k_blocks, MAX_CHAIN))
+        longest = MAX_CHAIN // 2 if self.spec.scoring == "softmax" else MAX_CHAIN
+        return ceil_div(self.k_blocks, ceil_div(self.k_blocks, longest))
 
     @property
     def tile_bytes(self) -> int:
@@ -205,6 +207,10 @@ def can_implement(config: PrefillConfig) -> None:
         )
     if c.overlay and c.blackwell:
         raise ValueError(f"overlay is for sm_90a; got {c.arch}")
+    if c.overlay and c.stages > c.k_blocks:  # loads for the next tile would meet logits
+        raise ValueError(
+            f"overlay takes at most k_blocks={c.k_blocks} stages; got stages={c.stages}"
+        )
     if not c.blackwell and c.chain < c.k_blocks and c.tile_experts > MAX_CHAINED_EXPERTS:
         raise ValueError(
             f"a CTA can have {MAX_CHAINED_EXPERTS} experts where K takes several chains of MMAs;"
