@@ -12,6 +12,7 @@ import cute_router.ops  # defines torch.ops.cute_router
 import cute_router.topk  # noqa: F401  before the function of this name, which it would replace
 from cute_router import reference
 from cute_router.arch import backend_for
+from cute_router.extras import Extras
 from cute_router.functional import (
     activation_topk,
     dense_decode,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Extras",
     "Router",
     "RouterSpec",
     "Routing",

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from cute_router import reference
-from cute_router.spec import RouterSpec, Scoring
+from cute_router.extras import Extras
+from cute_router.spec import RouterSpec, Routing, Scoring
 from cute_router.validate import Options
 
 
@@ -16,22 +17,25 @@ def dense(
     x: Tensor,
     W: Tensor,
     bias: Tensor | None,
-    weights: Tensor,
+    weights: Tensor | None,
     ids: Tensor,
     spec: RouterSpec,
     factor: float,
     options: Options,
+    extras: Extras | None = None,
 ) -> None:
     """`reference.route`."""
-    batch_invariant = options[-2]
+    batch_invariant, N = options[-2], x.shape[0]
     # A matrix product's order of summation can depend on its number of rows; one row's cannot.
-    step = 1 if batch_invariant else x.shape[0]
-    for rows, rows_weights, rows_ids in zip(
-        x.split(step), weights.split(step), ids.split(step), strict=True
-    ):
-        result = reference.route(
-            rows,
-            W,
+    step = 1 if batch_invariant else N
+    for first in range(0, N, step):
+        rows = slice(first, first + step)
+        logits = reference.logits(x[rows], W)
+        own = None if extras is None else extras.rows(first, first + step)
+        if own is not None and own.out_logits is not None:
+            own.out_logits.copy_(logits)
+        result = reference.route_logits(
+            logits,
             bias,
             top_k=spec.top_k,
             routed_scaling_factor=factor,
@@ -39,9 +43,9 @@ def dense(
             renormalize=spec.renormalize,
             n_group=spec.n_group,
             topk_group=spec.topk_group,
+            extras=own,
         )
-        rows_weights.copy_(result.weights)
-        rows_ids.copy_(result.ids)
+        _write(result, None if weights is None else weights[rows], ids[rows])
 
 
 @torch.no_grad()
@@ -54,8 +58,9 @@ def hash_route(
     scoring: Scoring,
     renormalize: bool,
     pdl: bool,
-    weights: Tensor,
+    weights: Tensor | None,
     ids: Tensor,
+    extras: Extras | None = None,
 ) -> None:
     """`reference.hash_route`."""
     result = reference.hash_route(
@@ -66,22 +71,23 @@ def hash_route(
         routed_scaling_factor=factor,
         scoring=scoring,
         renormalize=renormalize,
+        extras=extras,
     )
-    weights.copy_(result.weights)
-    ids.copy_(result.ids)
+    _write(result, weights, ids)
 
 
 @torch.no_grad()
 def gate(
     logits: Tensor,
     bias: Tensor | None,
-    weights: Tensor,
+    weights: Tensor | None,
     ids: Tensor,
     spec: RouterSpec,
     factor: float,
     *,
     batch_invariant: bool,
     pdl: bool,
+    extras: Extras | None = None,
 ) -> None:
     """`reference.route_logits`, which takes every row by itself."""
     result = reference.route_logits(
@@ -93,9 +99,16 @@ def gate(
         renormalize=spec.renormalize,
         n_group=spec.n_group,
         topk_group=spec.topk_group,
+        extras=extras,
     )
-    weights.copy_(result.weights)
+    _write(result, weights, ids)
+
+
+def _write(result: Routing, weights: Tensor | None, ids: Tensor) -> None:
+    """A result into its outputs; packed ids hold the weights."""
     ids.copy_(result.ids)
+    if weights is not None:
+        weights.copy_(result.weights)
 
 
 @torch.no_grad()

@@ -89,9 +89,14 @@ def route(
 ) -> Routing:
     """`functional.route`."""
     options = (top_k, scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
+    call = (x, W, bias, routed_scaling_factor, options, out_weights, out_ids)
+    return _dense(dense_backend(x), *call)
+
+
+def dense_backend(x: Any) -> str:
+    """The CUDA backend that `route` runs for these hidden states, which are not checked yet."""
     many = isinstance(x, Tensor) and x.ndim == 2 and x.shape[0] > DECODE_TOKENS
-    name = "gemm.prefill" if many else "gemm.decode"
-    return _dense(name, x, W, bias, routed_scaling_factor, options, out_weights, out_ids)
+    return "gemm.prefill" if many else "gemm.decode"
 
 
 def _dense(

@@ -2,6 +2,7 @@
 
     torch.compile, torch.export    the torch op of the same name (`ops`), which tracers see whole
     autograd records the call      the same op, for its gradient (`gradient`)
+    the call has extras            `extended`, or its op; no gradient
     any other call                 `eager`, straight
 
 Only the last way counts in time: engines call these thousands of times a second.
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor, is_grad_enabled
 from torch.compiler import is_compiling
 
-from cute_router import eager
+from cute_router import eager, extended
+from cute_router.extras import Extras
+from cute_router.reference import unpacked
 from cute_router.spec import Routing, Scoring, TopK
 from cute_router.validate import check, check_hash, check_logits, check_topk
 
@@ -35,6 +38,7 @@ def dense_decode(
     pdl: bool = True,
     out_weights: Tensor | None = None,
     out_ids: Tensor | None = None,
+    extras: Extras | None = None,
 ) -> Routing:
     """Choose and weigh the experts of each token, from hidden states, in one kernel launch.
 
@@ -69,6 +73,9 @@ def dense_decode(
         out_weights, out_ids: where to write the result, contiguous fp32 and int32 [N, k] on x's
             device; allocated if None. They must not overlap the inputs, and cannot be given where
             autograd records the call.
+        extras: what a serving engine may add (padding, a second bias, shared experts, an expert
+            map, other forms of the result, the logits, a replay), or None; see `Extras`. Such a
+            call cannot be recorded by autograd.
 
     Returns:
         Routing(weights fp32 [N, k], ids int32 [N, k]), columns by descending a + bias. The ids are
@@ -82,6 +89,10 @@ def dense_decode(
 
     CUDA tensors run the kernels of `backend_for(x.device)`; CPU tensors run the fp64 reference.
     """
+    if extras is not None:
+        given = (scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
+        every = (x, W, bias, top_k, routed_scaling_factor, *given)
+        return _with_extras("dense_decode", every, (x, W), top_k, out_weights, out_ids, extras)
     if not (is_compiling() or _recorded(x, W)):
         return eager.dense_decode(
             x,
@@ -118,6 +129,7 @@ def dense_prefill(
     pdl: bool = True,
     out_weights: Tensor | None = None,
     out_ids: Tensor | None = None,
+    extras: Extras | None = None,
 ) -> Routing:
     """Choose and weigh the experts of each token of a large batch, in one kernel launch.
 
@@ -129,6 +141,8 @@ def dense_prefill(
     """
     options = (scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
     call = (x, W, bias, top_k, routed_scaling_factor, *options)
+    if extras is not None:
+        return _with_extras("dense_prefill", call, (x, W), top_k, out_weights, out_ids, extras)
     if not (is_compiling() or _recorded(x, W)):
         return eager.dense_prefill(*call, out_weights, out_ids)
     return _dense_op(ops.dense_prefill, call, out_weights, out_ids)
@@ -149,6 +163,7 @@ def route(
     pdl: bool = True,
     out_weights: Tensor | None = None,
     out_ids: Tensor | None = None,
+    extras: Extras | None = None,
 ) -> Routing:
     """Choose and weigh the experts of each token: `dense_decode` or `dense_prefill`, by N.
 
@@ -158,6 +173,8 @@ def route(
     """
     options = (scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
     call = (x, W, bias, top_k, routed_scaling_factor, *options)
+    if extras is not None:
+        return _with_extras("route", call, (x, W), top_k, out_weights, out_ids, extras)
     if not (is_compiling() or _recorded(x, W)):
         return eager.route(*call, out_weights, out_ids)
     return _dense_op(ops.route, call, out_weights, out_ids)
@@ -175,6 +192,7 @@ def hash_route(
     pdl: bool = True,
     out_weights: Tensor | None = None,
     out_ids: Tensor | None = None,
+    extras: Extras | None = None,
 ) -> Routing:
     """Look the experts of each token up in a table by its token id, and weigh them.
 
@@ -197,6 +215,10 @@ def hash_route(
         pdl: launch under programmatic dependent launch; see `dense_decode`. The table is read
             before the wait for the kernel ahead: pass False where that writes it.
         out_weights, out_ids: where to write the result, as for `dense_decode`.
+        extras: as for `dense_decode`, but for a second bias, logits and fixed ids, for which there
+            is nothing here; and without x and W, shared experts, whose number is unknown. A row
+            whose token id is outside the table is then invalid (see `Extras`), and without x and W
+            an entry outside the expert map gives -1 and weight 0 in its slot.
 
     Returns:
         Routing(weights fp32 [N, k], ids int32 [N, k]), columns in the order of the table, repeated
@@ -208,6 +230,9 @@ def hash_route(
         TypeError, ValueError: as `dense_decode`.
     """
     call = (token_ids, table, x, W, routed_scaling_factor, scoring, renormalize, pdl)
+    if extras is not None:
+        k = table.shape[-1] if is_compiling() else 0
+        return _with_extras("hash_route", call, (x, W), k, out_weights, out_ids, extras)
     if is_compiling():
         return _by_op(ops.hash_route, call, (x, W), out_weights, out_ids)
     if _recorded(x, W):
@@ -230,6 +255,7 @@ def activation_topk(
     pdl: bool = True,
     out_weights: Tensor | None = None,
     out_ids: Tensor | None = None,
+    extras: Extras | None = None,
 ) -> Routing:
     """Choose and weigh the experts of each token from its logits, in one kernel launch.
 
@@ -246,6 +272,7 @@ def activation_topk(
         pdl: launch under programmatic dependent launch; see `dense_decode`. The bias is read before
             the wait for the kernel ahead, the logits behind it.
         out_weights, out_ids: where to write the result, as for `dense_decode`.
+        extras: as for `dense_decode`, but for the logits, which are given here.
 
     Returns:
         Routing(weights fp32 [N, k], ids int32 [N, k]), as `dense_decode` does; the weights have a
@@ -256,6 +283,9 @@ def activation_topk(
     """
     options = (scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
     call = (logits, bias, top_k, routed_scaling_factor, *options)
+    if extras is not None:
+        inputs = (logits,)
+        return _with_extras("activation_topk", call, inputs, top_k, out_weights, out_ids, extras)
     if is_compiling():
         return _by_op(ops.activation_topk, call, (logits,), out_weights, out_ids)
     if _recorded(logits):
@@ -360,3 +390,28 @@ def _refuse_recording(given: str, *inputs: Tensor | None) -> None:
             f"{given} must be None where a gradient is recorded, because an input requires grad;"
             " call under torch.no_grad() for none"
         )
+
+
+def _with_extras(
+    name: str,
+    call: tuple[Any, ...],
+    inputs: tuple[Tensor | None, ...],
+    k: int,
+    out_weights: Tensor | None,
+    out_ids: Tensor | None,
+    extras: Extras,
+) -> Routing:
+    """The function `name` of `extended`, or for tracers its op, which writes to given outputs."""
+    _refuse_recording("extras", *inputs)
+    if not is_compiling():
+        function = getattr(extended, name)
+        routing: Routing = function(*call, out_weights=out_weights, out_ids=out_ids, extras=extras)
+        return routing
+    shape, device = (call[0].shape[0], k + extras.shared_experts), call[0].device
+    if out_ids is None:
+        out_ids = torch.empty(shape, dtype=extras.ids_dtype, device=device)
+    if out_weights is None and not extras.packed:
+        out_weights = torch.empty(shape, dtype=torch.float32, device=device)
+    given = extras.fields() | {"out_weights": out_weights, "out_ids": out_ids}
+    getattr(ops, name).extras(*call, **given)
+    return unpacked(out_ids) if out_weights is None else Routing(out_weights, out_ids)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import product
 
 from cute_router.arch import MAX_CLUSTER
+from cute_router.extras import PLAIN, ExtrasSpec
 from cute_router.gemm.config import (
     GROUP,
     MAX_SMEM,
@@ -44,8 +45,9 @@ def decode_config(
     max_cluster: int = MAX_CLUSTER,
     batch_invariant: bool = False,
     pdl: bool = True,
+    extras: ExtrasSpec = PLAIN,
 ) -> DecodeConfig:
-    """The configuration of `dense_decode` for N tokens on `arch`.
+    """The configuration of `dense_decode` for N tokens on `arch`, with what calls have beside.
 
     With `batch_invariant` it does not depend on N: a token's sums are then always taken in the
     same order, whatever its batch. `max_cluster` is 16, or 8 where clusters of 16 do not start.
@@ -65,7 +67,7 @@ def decode_config(
             tile_tokens, split_k = 16, 8
         else:
             tile_tokens = 32
-    config = DecodeConfig(spec, arch, 64, tile_tokens, split_k, 0, pdl=pdl)
+    config = DecodeConfig(spec, arch, 64, tile_tokens, split_k, 0, pdl=pdl, extras=extras)
     while config.smem_bytes + 2 * config.tile_bytes > MAX_SMEM:  # many owned columns, large k
         config = replace(config, tile_tokens=config.tile_tokens // 2)
     config = resident(config)

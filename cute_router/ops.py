@@ -3,11 +3,12 @@
     dense_decode, dense_prefill, route,
     hash_route, activation_topk, topk       new outputs; differentiable
     the same with overload `.out`           outputs given, and nothing returned
+    the first five with overload `.extras`  that too, and the fields of `Extras`
     route_by_handle                         a Router's forward, by `Router.handle`
 
 Each runs the functions of `eager` on CPU and CUDA tensors, and has shapes for tracing. Arguments
 have the names and defaults of the public functions, and can all be given by position, but for the
-outputs given: `out_weights` and `out_ids`, or `out_values` and `out_indices`.
+outputs given, `out_weights` and `out_ids` or `out_values` and `out_indices`, and for extras.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cute_router import eager, gradient, handles
+from cute_router import eager, extended, gradient, handles
+from cute_router.extras import Extras
 from cute_router.spec import Routing, TopK
 
 _DENSE_OPTIONS = (
@@ -27,6 +29,15 @@ _DENSE_OPTIONS = (
 _HASH_OPTIONS = (
     'float routed_scaling_factor=1.0, str scoring="sqrtsoftplus", bool renormalize=True,'
     " bool pdl=True"
+)
+
+# Without weights, ids are packed words.
+_EXTRAS = (
+    "Tensor? num_valid=None, Tensor? valid=None, Tensor? second_bias=None,"
+    " Tensor? second_bias_mask=None, int shared_experts=0, float shared_weight=1.0,"
+    " Tensor? expert_map=None, ScalarType ids_dtype=int, bool packed=False,"
+    " Tensor(c!)? out_logits=None, Tensor? fixed_ids=None,"
+    " Tensor(a!)? out_weights=None, Tensor(b!) out_ids"
 )
 
 _library = torch.library.Library("cute_router", "DEF")  # lives as long as this module
@@ -94,6 +105,15 @@ def _define_out(name: str, arguments: str, outputs: str, function: Callable[...,
     _implement(f"{name}.out", f"({arguments}, *, {outputs}) -> ()", run, lambda *_, **__: None)
 
 
+def _define_extras(name: str, arguments: str, function: Callable[..., Any]) -> None:
+    """The op `name`.extras: what `function` of `extended` returns is what it was given."""
+
+    def run(*call: Any, out_ids: Tensor, out_weights: Tensor | None = None, **fields: Any) -> None:
+        function(*call, out_weights=out_weights, out_ids=out_ids, extras=Extras(**fields))
+
+    _implement(f"{name}.extras", f"({arguments}, *, {_EXTRAS}) -> ()", run, lambda *_, **__: None)
+
+
 def _implement(
     name: str, signature: str, function: Callable[..., Any], shapes: Callable[..., Any]
 ) -> None:
@@ -121,7 +141,11 @@ _ROUTING = "(Tensor weights, Tensor ids)"
 _OUT_ROUTING = "Tensor(a!) out_weights, Tensor(b!) out_ids"
 
 _DENSE = f"Tensor x, Tensor W, Tensor? bias=None, {_DENSE_OPTIONS}"
-for _function in (eager.dense_decode, eager.dense_prefill, eager.route):
+for _function, _with_extras in (
+    (eager.dense_decode, extended.dense_decode),
+    (eager.dense_prefill, extended.dense_prefill),
+    (eager.route, extended.route),
+):
     _define(
         _function.__name__,
         _DENSE,
@@ -132,6 +156,7 @@ for _function in (eager.dense_decode, eager.dense_prefill, eager.route):
         gradient.of_dense,
     )
     _define_out(_function.__name__, _DENSE, _OUT_ROUTING, _function)
+    _define_extras(_function.__name__, _DENSE, _with_extras)
 
 _HASH = f"Tensor token_ids, Tensor table, Tensor? x=None, Tensor? W=None, {_HASH_OPTIONS}"
 _define(
@@ -144,6 +169,7 @@ _define(
     gradient.of_hash,
 )
 _define_out("hash_route", _HASH, _OUT_ROUTING, eager.hash_route)
+_define_extras("hash_route", _HASH, extended.hash_route)
 
 _GATE = f"Tensor logits, Tensor? bias=None, {_DENSE_OPTIONS}"
 _define(
@@ -156,6 +182,7 @@ _define(
     gradient.of_gate,
 )
 _define_out("activation_topk", _GATE, _OUT_ROUTING, eager.activation_topk)
+_define_extras("activation_topk", _GATE, extended.activation_topk)
 
 _TOPK = "Tensor scores, int k, bool sorted=True, Tensor? lengths=None, ScalarType index_dtype=long"
 _define(

@@ -14,6 +14,7 @@ from itertools import product
 from math import log2
 
 from cute_router.arch import MAX_CLUSTER
+from cute_router.extras import ExtrasSpec
 from cute_router.gemm.config import MAX_SMEM, TILE_K, ceil_div
 from cute_router.gemm.prefill_config import PrefillConfig, can_implement
 from cute_router.spec import RouterSpec
@@ -99,6 +100,12 @@ def candidates(
             continue  # there is room beside the ring
         if fits(config):
             yield config
+
+
+def with_extras(config: PrefillConfig, extras: ExtrasSpec) -> PrefillConfig:
+    """`config` with extras, whose sums are the same; a second bias may take the room of a stage."""
+    config = replace(config, extras=extras)
+    return replace(config, stages=min(config.stages, deepest(config).stages))
 
 
 def lanes_of(config: PrefillConfig) -> int:

@@ -9,6 +9,7 @@
 The bias takes part in the choice only; the weights come from the unbiased activations.
 
     hash_route: ids from a table by token id (look_up), the same weights or equal ones
+    extras:     a second bias (bias_of_rows), given ids (weigh_given), the form of results (finish)
 
 Every function takes any leading dimensions and any device, and computes in fp64 whatever it is
 given. The kernels compute in fp32 and are held to this page: their logits lie within
@@ -17,9 +18,12 @@ right. An activation too small for fp32 (sqrtsoftplus of a logit below about -20
 below about -103) is 0 for them and may still be a number here.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from cute_router.extras import Extras
 from cute_router.spec import Routing, Scoring, TopK, check_selection
 
 
@@ -52,8 +56,16 @@ def activations(logit: Tensor, scoring: Scoring = "sqrtsoftplus") -> Tensor:
 
 
 def selection_scores(a: Tensor, bias: Tensor | None = None) -> Tensor:
-    """s = a + bias: what experts are chosen by."""
+    """s = a + bias: what experts are chosen by; the bias is [E], or that of each row [..., E]."""
     return a if bias is None else a + bias.double()
+
+
+def bias_of_rows(bias: Tensor | None, extras: Extras | None) -> Tensor | None:
+    """The bias of each row [N, E] where there is a second one; else the bias as it is."""
+    if extras is None or extras.second_bias is None or extras.second_bias_mask is None:
+        return bias
+    first = torch.zeros_like(extras.second_bias) if bias is None else bias
+    return torch.where(extras.second_bias_mask[:, None], extras.second_bias, first)
 
 
 def order(s: Tensor, removed: Tensor | None = None) -> Tensor:
@@ -105,6 +117,62 @@ def weigh(
     return (chosen / total * routed_scaling_factor).masked_fill(total == 0, 0)
 
 
+def weigh_given(
+    a: Tensor, ids: Tensor, routed_scaling_factor: float = 1.0, renormalize: bool = True
+) -> tuple[Tensor, Tensor]:
+    """(weights, ids) [N, k] of ids that may be anything, from a table or a record.
+
+    Where one is no expert of the activations [N, E] its slot has id -1, weight 0 and no part in the
+    sum.
+    """
+    E = a.shape[-1]
+    nobody = (ids < 0) | (ids >= E)
+    a = torch.cat([a, a.new_zeros(a.shape[0], 1)], -1)  # expert E, of activation 0, for nobody
+    weights = weigh(a, ids.masked_fill(nobody, E), routed_scaling_factor, renormalize)
+    return weights.masked_fill(nobody, 0), ids.masked_fill(nobody, -1)
+
+
+def finish(weights: Tensor, ids: Tensor, num_experts: int, extras: Extras | None) -> Routing:
+    """Weights and ids [N, k] as a call returns them: mapped, with shared experts, masked, packed.
+
+    `cute_router.Extras` says what each of its fields does. An id of -1 is mapped to itself.
+    """
+    if extras is None:
+        return Routing(weights.float(), ids.int())
+    N = ids.shape[0]
+    if extras.expert_map is not None:
+        mapped = extras.expert_map.long()[ids.long().clamp(min=0)]
+        ids = torch.where(ids < 0, ids, mapped)
+    shared = torch.arange(num_experts, num_experts + extras.shared_experts, device=ids.device)
+    ids = torch.cat([ids.long(), shared.expand(N, -1)], -1)
+    share = weights.new_full((N, extras.shared_experts), extras.shared_weight)
+    weights = torch.cat([weights, share], -1)
+    invalid = ~valid_rows(N, extras, ids.device)[:, None]
+    weights, ids = weights.masked_fill(invalid, 0).float(), ids.masked_fill(invalid, -1)
+    if extras.packed:
+        return unpacked(pack(weights, ids))
+    return Routing(weights, ids.to(extras.ids_dtype))
+
+
+def valid_rows(N: int, extras: Extras, device: torch.device) -> Tensor:
+    """Which of N rows are tokens, bool [N]."""
+    valid = torch.ones(N, dtype=torch.bool, device=device)
+    if extras.num_valid is not None:
+        valid &= torch.arange(N, device=device) < extras.num_valid
+    return valid if extras.valid is None else valid & extras.valid
+
+
+def pack(weights: Tensor, ids: Tensor) -> Tensor:
+    """id << 16 | bf16(weight), int32."""
+    lower = weights.float().bfloat16().view(torch.int16).int() & 0xFFFF
+    return (ids.int() << 16) | lower
+
+
+def unpacked(words: Tensor) -> Routing:
+    """The packed form as a call returns it: the words, and a bf16 view of their lower halves."""
+    return Routing(words.view(torch.bfloat16)[..., ::2], words)
+
+
 def route_logits(
     logits: Tensor,
     bias: Tensor | None = None,
@@ -115,13 +183,21 @@ def route_logits(
     renormalize: bool = True,
     n_group: int = 1,
     topk_group: int = 1,
+    extras: Extras | None = None,
 ) -> Routing:
-    """Logits [..., E] to the chosen experts: fp32 weights and int32 ids [..., k]."""
+    """Logits [..., E] to the chosen experts: fp32 weights and int32 ids [..., k].
+
+    With extras, logits are [N, E]; their `out_logits` is not written: these are the logits.
+    """
     check_selection(logits.shape[-1], top_k, scoring, n_group, topk_group)
     a = activations(logits, scoring)
-    ids = select(selection_scores(a, bias), top_k, n_group, topk_group)
-    weights = weigh(a, ids, routed_scaling_factor, renormalize)
-    return Routing(weights.float(), ids.int())
+    if extras is None or extras.fixed_ids is None:
+        s = selection_scores(a, bias_of_rows(bias, extras))
+        ids = select(s, top_k, n_group, topk_group)
+        weights = weigh(a, ids, routed_scaling_factor, renormalize)
+    else:
+        weights, ids = weigh_given(a, extras.fixed_ids, routed_scaling_factor, renormalize)
+    return finish(weights, ids, a.shape[-1], extras)
 
 
 def route(
@@ -135,6 +211,7 @@ def route(
     renormalize: bool = True,
     n_group: int = 1,
     topk_group: int = 1,
+    extras: Extras | None = None,
 ) -> Routing:
     """Hidden states [..., K] to the chosen experts: fp32 weights and int32 ids [..., k].
 
@@ -150,6 +227,7 @@ def route(
         renormalize=renormalize,
         n_group=n_group,
         topk_group=topk_group,
+        extras=extras,
     )
 
 
@@ -172,24 +250,31 @@ def hash_route(
     routed_scaling_factor: float = 1.0,
     scoring: Scoring = "sqrtsoftplus",
     renormalize: bool = True,
+    extras: Extras | None = None,
 ) -> Routing:
     """Token ids [N] and a table [vocab, k] to the experts that the table names, in its order.
 
     The arguments mean what they mean to `cute_router.hash_route`. Without x and W the weights are
-    factor / k; with them they are those of `weigh`, where a slot whose entry is no expert has id
-    -1, weight 0 and no part in the sum.
+    factor / k, and of an entry its lower 32 bits are copied; with them they are those of
+    `weigh_given`. With extras, a row whose token id the
+    table has not is invalid; and without x and W an entry that the expert map has not has id -1 and
+    weight 0.
     """
     ids, known = look_up(token_ids, table)
-    k = table.shape[1]
     if x is None or W is None:
-        share = torch.full(ids.shape, routed_scaling_factor / k, device=ids.device)
-        return Routing(share.masked_fill(~known[:, None], 0), ids.int())
-    a = activations(logits(x, W), scoring)
-    E = a.shape[-1]
-    nobody = (ids < 0) | (ids >= E)
-    a = torch.cat([a, a.new_zeros(a.shape[0], 1)], -1)  # expert E, of activation 0, for nobody
-    weights = weigh(a, ids.masked_fill(nobody, E), routed_scaling_factor, renormalize)
-    return Routing(weights.masked_fill(nobody, 0).float(), ids.masked_fill(nobody, -1).int())
+        share = torch.full(ids.shape, routed_scaling_factor / table.shape[1], device=ids.device)
+        weights, E = share.masked_fill(~known[:, None], 0), 0
+        if extras is not None and extras.expert_map is not None:
+            nobody = (ids < 0) | (ids >= extras.expert_map.shape[0])
+            weights, ids = weights.masked_fill(nobody, 0), ids.masked_fill(nobody, -1)
+        ids = ids.int()
+    else:
+        a = activations(logits(x, W), scoring)
+        weights, ids = weigh_given(a, ids, routed_scaling_factor, renormalize)
+        E = a.shape[-1]
+    if extras is not None:
+        extras = replace(extras, valid=known if extras.valid is None else known & extras.valid)
+    return finish(weights, ids, E, extras)
 
 
 def topk(scores: Tensor, k: int, lengths: Tensor | None = None) -> TopK:

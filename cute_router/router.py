@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from cute_router import checkpoint, handles
+from cute_router.extras import Extras
 from cute_router.functional import hash_route, route
 from cute_router.spec import RouterSpec, Routing, check_bool, check_int, type_name
 from cute_router.validate import INT32_MAX, INTEGERS, check_factor, check_tensor, sizes
@@ -115,22 +116,27 @@ class Router(nn.Module):
                 self.tid2eid.fill_(-1)
         self._settle()
 
-    def forward(self, x: Tensor, token_ids: Tensor | None = None) -> Routing:
+    def forward(
+        self, x: Tensor, token_ids: Tensor | None = None, *, extras: Extras | None = None
+    ) -> Routing:
         """Route hidden states to experts.
 
         Args:
             x: bf16 [..., K], as for `dense_decode` once its leading dimensions are one.
             token_ids: int32 or int64 [...], needed in "hash" mode and of no effect in "dense" mode,
                 so that all layers can be called alike.
+            extras: as for `dense_decode` and `hash_route`, of N rows: those of x once its leading
+                dimensions are one.
 
         Returns:
-            Routing(weights fp32 [..., k], ids int32 [..., k]); see `route`, `hash_route`.
+            Routing(weights fp32 [..., k], ids int32 [..., k]); see `route`, `hash_route`, and
+            `Extras` for other forms.
 
         Raises:
             TypeError, ValueError: as those two.
         """
         if not isinstance(x, Tensor) or x.ndim in (0, 2):  # the functions know what is wrong with 0
-            return self._route(x, token_ids)
+            return self._route(x, token_ids, extras)
         leading = x.shape[:-1]
         if self.mode == "hash" and isinstance(token_ids, Tensor):
             if token_ids.shape != leading:
@@ -139,11 +145,11 @@ class Router(nn.Module):
                     f" got {sizes(token_ids)}"
                 )
             token_ids = token_ids.reshape(-1)
-        weights, ids = self._route(torch.atleast_2d(x).flatten(0, -2), token_ids)
+        weights, ids = self._route(torch.atleast_2d(x).flatten(0, -2), token_ids, extras)
         k = weights.shape[-1]
         return Routing(weights.view(*leading, k), ids.view(*leading, k))
 
-    def _route(self, x: Tensor, token_ids: Tensor | None) -> Routing:
+    def _route(self, x: Tensor, token_ids: Tensor | None, extras: Extras | None) -> Routing:
         """Route the rows of a matrix."""
         spec, W = self.spec, self.weight  # read once: a module looks its tensors up slowly
         if self.mode == "hash":
@@ -158,6 +164,7 @@ class Router(nn.Module):
                 scoring=spec.scoring,
                 renormalize=spec.renormalize,
                 pdl=self.pdl,
+                extras=extras,
             )
         return route(
             x,
@@ -171,6 +178,7 @@ class Router(nn.Module):
             topk_group=spec.topk_group,
             batch_invariant=self.batch_invariant,
             pdl=self.pdl and not W.requires_grad,
+            extras=extras,
         )
 
     # --- tensors from elsewhere -----------------------------------------------------------------

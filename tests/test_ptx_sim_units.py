@@ -182,6 +182,14 @@ ARITHMETIC = {
         i << 16
     ),
     "st.shared.b32 [%r2], 131077; ld.shared.b16 %rs1, [%r2+2]; cvt.u32.u16 %r9, %rs1": lambda i: 2,
+    "st.global.b32 [%rd1], 0x4433FF11; ld.global.b8 %rs1, [%rd1+1]; cvt.u32.u16 %r9, %rs1": (
+        lambda i: 0xFF
+    ),
+    "sub.s32 %r8, 5, %r1; st.global.b32 [%rd1], %r8; ld.global.s32 %rd5, [%rd1];"
+    " mov.b64 {%r8, %r9}, %rd5": lambda i: 0 if i <= 5 else -1,
+    "cvt.u64.u32 %rd5, %r1; mul.hi.u64 %rd5, %rd5, -1; mov.b64 {%r9, %r8}, %rd5": (
+        lambda i: max(i - 1, 0)
+    ),
     "st.global.b32 [%rd1], %r1; ld.global.b32 %rd5, [%rd1]; mov.b64 {%r8, %r9}, %rd5": lambda i: 0,
     "mov.b32 %r8, 0fFFC00001; add.f32 %r9, %r8, 0f00000000": lambda i: 0x7FFFFFFF,
     "mov.b32 %r8, 0fFFC00001; mov.f32 %r9, %r8": lambda i: 0xFFC00001,
@@ -204,6 +212,12 @@ FLOATS = {
     "sqrt.approx.ftz.f32 %r9, %r8": torch.sqrt,
     "rcp.approx.ftz.f32 %r9, %r8": torch.reciprocal,
     "mov.b16 %rs1, 0x4200; cvt.f32.f16 %r9, %rs1": lambda a: torch.full_like(a, 3),
+    "cvt.rn.bf16.f32 %rs1, %r8; mov.b16 %rs2, 0; mov.b32 %r9, {%rs2, %rs1}": (
+        lambda a: a.bfloat16().float()
+    ),
+    "mov.b32 %r8, 0f7F812345; cvt.rn.bf16.f32 %rs1, %r8; cvt.f32.bf16 %r9, %rs1;"
+    " max.f32 %r9, %r9, 0f40400000": lambda a: torch.full_like(a, 3),
+    "mov.b32 %r8, 0f3F808000; cvt.rn.bf16.f32 %rs1, %r8; cvt.f32.bf16 %r9, %rs1": torch.ones_like,
     "mov.b16 %rs1, 0x4040; cvt.f32.bf16 %r9, %rs1": lambda a: torch.full_like(a, 3),
 }
 

@@ -10,7 +10,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32
 
-from cute_router.epilogue.owner import Outputs, Owner
+from cute_router.epilogue.outputs import Outputs, bias_of_row, is_token, put_biases
+from cute_router.epilogue.owner import Owner
 from cute_router.epilogue.row import route_row
 from cute_router.gemm.config import DecodeConfig
 from cute_router.gemm.exchange import PACKET, packet, receive, send, word
@@ -22,7 +23,7 @@ class Logits(NamedTuple):
 
     sLogits: cute.Tensor  # (E padded to whole tiles, c)
     sKeys: cute.Tensor  # (E padded to whole tiles, c) a warp's workspace
-    sBias: cute.Tensor  # (E padded to whole tiles)
+    sBias: cute.Tensor  # (E padded to whole tiles), or (the same, 2) with a second one
 
 
 class ByLogits:
@@ -37,25 +38,33 @@ class ByLogits:
     def allocate(self, smem) -> Logits:
         """Shared memory for the choice."""
         matrix = cute.make_layout((self.padded, self.cfg.owned))
+        biases = cute.make_layout((self.padded, 2) if self.cfg.extras.second_bias else self.padded)
         return Logits(
             smem.allocate_tensor(Float32, matrix, 16),
             smem.allocate_tensor(Uint32, matrix, 16),
-            smem.allocate_tensor(Float32, cute.make_layout(self.padded), 16),
+            smem.allocate_tensor(Float32, biases, 16),
         )
 
     @cute.jit
-    def prepare(self, s: Logits, mBias: Any, tid: Int32) -> None:
+    def prepare(self, s: Logits, mBias: Any, tid: Int32, out: Outputs) -> None:
         """All biases to shared memory."""
-        expert = tid
-        while expert < self.cfg.spec.num_experts:
-            s.sBias[expert] = Float32(0.0)
-            if cutlass.const_expr(mBias is not None):
-                s.sBias[expert] = mBias[expert]
-            expert = expert + self.cfg.epilogue_threads
+        E, threads = self.cfg.spec.num_experts, self.cfg.epilogue_threads
+        if cutlass.const_expr(self.cfg.extras.second_bias):
+            put_biases(s.sBias, mBias, out.extra, E, tid, threads)
+        else:
+            expert = tid
+            while expert < E:
+                s.sBias[expert] = Float32(0.0)
+                if cutlass.const_expr(mBias is not None):
+                    s.sBias[expert] = mBias[expert]
+                expert = expert + threads
+
+    def look(self, s: Any, o: Owner, out: Outputs) -> None:
+        """Nothing: a warp reads what extras say of its token when it comes to it."""
 
     @cute.jit
     def put(
-        self, s: Logits, step: int, o: Owner, expert: Int32, column: Int32, logit, bias
+        self, s: Logits, step: int, o: Owner, expert: Int32, column: Int32, logit, biases
     ) -> None:
         """Take in the logit of this thread's pass `step`: one of the tile's experts, one column."""
         s.sLogits[o.tile * self.cfg.tile_experts + expert, column] = logit
@@ -72,13 +81,13 @@ class ByLogits:
             column = o.tid // WARP
             while column < o.columns:
                 token = o.first_token + column
+                has_bias = c.spec.has_bias or c.extras.second_bias
                 route_row(
                     s.sLogits[(None, column)],
-                    s.sBias,
+                    bias_of_row(s.sBias, out, token) if cutlass.const_expr(has_bias) else None,
                     s.sKeys[(None, column)],
-                    out.mWeights[(token, None)],
-                    out.mIds[(token, None)],
-                    out.factor,
+                    out.of_row(token),
+                    is_token(out, token),
                     lane,
                     c.spec,
                 )

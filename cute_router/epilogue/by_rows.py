@@ -15,7 +15,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32
 
 from cute_router.epilogue.by_words import ByWords
-from cute_router.epilogue.owner import Outputs
+from cute_router.epilogue.outputs import Outputs, bias_of_row, is_token, put_logits
 from cute_router.epilogue.row import route_row
 from cute_router.gemm.prefill_config import PrefillConfig
 from cute_router.topk.config import BLOCK, WARP
@@ -39,12 +39,13 @@ class ByRows:
         """Route `count` owned tokens from `first_token` on; every warp takes some."""
         c = self.cfg
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        first = warp * self.tokens
+        first, lane = warp * self.tokens, cute.arch.lane_idx()
         while first < count:
             if cutlass.const_expr(c.by_words):
                 doubts = self.route(sLogits, sBias, first_token, first, count, out)
             else:
                 self.add(sLogits, first)
+                put_logits(out, first_token + first, sLogits[None, first, 0], lane, WARP)
                 doubts = Int32(1)
             while doubts != 0:
                 row = first + cute.arch.popc((doubts & -doubts) - 1) // c.lanes
@@ -66,8 +67,10 @@ class ByRows:
         lay = self.lay
         lane = cute.arch.lane_idx() % lay.lanes
         row = first + cute.arch.lane_idx() // lay.lanes
-        real = row < count
+        there = row < count  # lanes past the last token store nothing
         token = first_token + row
+        source = cutlass.min(token, cute.size(out.mIds, mode=[0]) - 1)
+        sBias, real = bias_of_row(sBias, out, source), is_token(out, source)
 
         def keys(block):
             # A large k has the lanes sort more than there is.
@@ -83,14 +86,15 @@ class ByRows:
             pick.words,
             sLogits[None, row, 0],
             sBias,
-            out.mWeights,
-            out.mIds,
-            out.factor,
+            out,
             token,
             lane,
-            real and not pick.doubtful,
+            there and not pick.doubtful,
+            real,
         )
-        return cute.arch.vote_ballot_sync(pick.doubtful and real and lane == 0)
+        if there:
+            put_logits(out, token, sLogits[None, row, 0], lane, lay.lanes)
+        return cute.arch.vote_ballot_sync(pick.doubtful and there and lane == 0)
 
     @cute.jit
     def add(self, sLogits: cute.Tensor, row: Int32) -> None:
@@ -144,11 +148,10 @@ class ByRows:
         sKeys = cute.make_tensor(cute.recast_ptr(sRow.iterator, dtype=Uint32), sRow.layout)
         route_row(
             cute.make_tensor(sRow.iterator, cute.make_layout(self.cfg.spec.num_experts)),
-            sBias,
+            bias_of_row(sBias, out, token),
             sKeys,
-            out.mWeights[token, None],
-            out.mIds[token, None],
-            out.factor,
+            out.of_row(token),
+            is_token(out, token),
             cute.arch.lane_idx(),
             self.cfg.spec,
         )

@@ -12,6 +12,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Uint32
 
+from cute_router.epilogue.outputs import Outputs, physical, put_shared, put_slot
 from cute_router.epilogue.scoring import activate_all
 from cute_router.epilogue.weights import weight
 from cute_router.spec import RouterSpec
@@ -59,14 +60,16 @@ class ByWords:
         words: list[Uint32],
         sRow: cute.Tensor,
         sBias: Any,
-        mWeights: cute.Tensor,
-        mIds: cute.Tensor,
-        factor: Float32,
+        out: Outputs,
         token: Int32,
         lane: Int32,
         settled: Boolean,
+        real: Any,
     ) -> None:
-        """Weigh the chosen experts by their activations, computed again; write both."""
+        """Weigh the chosen experts by their activations, computed again; write the results.
+
+        real: what `is_token` says of the row; settled: whether it is to be written.
+        """
         spec, lay = self.spec, self.lay
         rKeys = cute.make_rmem_tensor(lay.slots, Uint32)
         rPlaces = cute.make_rmem_tensor(lay.slots, Int32)
@@ -76,6 +79,7 @@ class ByWords:
             expert = lay.index(lay.mine(words, slot, lane))
             rIds[slot] = cutlass.select_(self.chosen(slot, lane), expert, Int32(0))
             rActs[slot] = sRow[rIds[slot]].to(Float32)
+        names = [physical(out, rIds[slot]) for slot in range(lay.slots)]
         activate_all(rActs, spec.scoring)
         total = Float32(0.0)
         for slot in cutlass.range_constexpr(lay.slots):
@@ -88,5 +92,7 @@ class ByWords:
         total = cute.arch.warp_reduction_sum(total, threads_in_group=lay.lanes)
         for slot in cutlass.range_constexpr(lay.slots):
             if settled and self.chosen(slot, lane):
-                mWeights[token, rPlaces[slot]] = weight(rActs[slot], total, factor, spec)
-                mIds[token, rPlaces[slot]] = rIds[slot]
+                share = weight(rActs[slot], total, out.factor, spec)
+                put_slot(out, (token, rPlaces[slot]), names[slot], share, real)
+        if settled:
+            put_shared(out.of_row(token), spec.top_k, spec.num_experts, lane, lay.lanes, real)

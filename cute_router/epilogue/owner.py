@@ -1,9 +1,8 @@
-"""What an owner CTA has to decide, and on what it shares with the launch."""
+"""What an owner CTA has to decide."""
 
 from typing import NamedTuple
 
-import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32
+from cutlass import Boolean, Int32
 
 from cute_router.gemm.config import DecodeConfig
 
@@ -24,11 +23,3 @@ class Owner(NamedTuple):
         """
         index = step * (c.epilogue_threads // c.parts) + self.tid // c.parts
         return index % c.tile_experts, index // c.tile_experts, self.tid % c.parts
-
-
-class Outputs(NamedTuple):
-    """Where the results go, and the run-time value that scales them."""
-
-    mWeights: cute.Tensor  # (N, k) fp32
-    mIds: cute.Tensor  # (N, k) int32
-    factor: Float32

@@ -5,10 +5,13 @@
 Lane j holds experts j, j + 32, ... in registers; they are chosen in rounds (`topk.rounds`).
 """
 
+from typing import Any
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32
 
+from cute_router.epilogue.outputs import Outputs, physical, put_shared, put_slot
 from cute_router.epilogue.scoring import activate_all, exp_nonpositive
 from cute_router.epilogue.weights import weight
 from cute_router.spec import RouterSpec
@@ -69,17 +72,17 @@ def drop_groups(
 @cute.jit
 def route_row(
     gLogits: cute.Tensor,
-    bias: cute.Tensor,
+    bias: Any,
     sKeys: cute.Tensor,
-    gWeights: cute.Tensor,
-    gIds: cute.Tensor,
-    factor: Float32,
+    out: Outputs,
+    real: Any,
     lane: Int32,
     spec: cutlass.Constexpr[RouterSpec],
 ) -> None:
-    """Route one token: logits (E) and bias (E) to weights (k) and ids (k). One warp calls.
+    """Route one token: logits (E) and bias (E), or None, to the results of its row. One warp calls.
 
-    sKeys is shared memory for E keys, rounded up to whole warps; only groups use it.
+    sKeys is shared memory for E keys, rounded up to whole warps; only groups use it. out is that of
+    the token (`of_row`), real what `is_token` says of it.
     """
     E, k = spec.num_experts, spec.top_k
     slots = (E + WARP - 1) // WARP
@@ -97,7 +100,7 @@ def route_row(
         rKeys[i] = Uint32(REMOVED)
         if lane + WARP * i < E:
             score = rAct[i]
-            if cutlass.const_expr(spec.has_bias):
+            if cutlass.const_expr(bias is not None):
                 score = score + bias[lane + WARP * i]
             rKeys[i] = key(score)
     if cutlass.const_expr(spec.n_group > 1):
@@ -112,7 +115,8 @@ def route_row(
         value = cute.arch.shuffle_sync(value, expert % WARP)
         chosen = cutlass.select_(lane == j, expert, chosen)
         activation = cutlass.select_(lane == j, value, activation)
+    name = physical(out, chosen)
     total = cute.arch.warp_reduction_sum(activation)
     if lane < k:
-        gWeights[lane] = weight(activation, total, factor, spec)
-        gIds[lane] = chosen
+        put_slot(out, lane, name, weight(activation, total, out.factor, spec), real)
+    put_shared(out, k, E, lane, WARP, real)

@@ -8,6 +8,7 @@ without a word and the launch then fails.
 from dataclasses import dataclass
 
 from cute_router.arch import MAX_CLUSTER
+from cute_router.extras import PLAIN, ExtrasSpec
 from cute_router.spec import RouterSpec
 
 TILE_K = 64  # bf16 elements of one 128-byte swizzled row: the depth of one TMA stage
@@ -40,6 +41,7 @@ class DecodeConfig:
                   "product".
     exclusive:    whether no other CTA may share the SM, by taking more than half of its memory.
     pdl:          whether the launch may overlap the kernel ahead of it.
+    extras:       what calls have beside the defaults.
     """
 
     spec: RouterSpec
@@ -51,6 +53,7 @@ class DecodeConfig:
     trigger: str = "wait"
     exclusive: bool = False
     pdl: bool = True
+    extras: ExtrasSpec = PLAIN
 
     @property
     def blackwell(self) -> bool:
@@ -130,9 +133,11 @@ class DecodeConfig:
         partials = (self.owned * self.tile_experts + SKEW) * self.split_k * 4
         if self.by_candidates:
             tile = self.owned * self.tile_experts * 4
-            selection = tile + self.owned * 4 * (3 * self.candidates + self.spec.top_k)
+            chosen = self.spec.top_k if self.extras == PLAIN else 2 * self.spec.top_k + 1
+            selection = tile + self.owned * 4 * (3 * self.candidates + chosen)
         else:
-            selection = (2 * self.owned + 1) * self.groups * GROUP * 4
+            biases = 2 if self.extras.second_bias else 1
+            selection = (2 * self.owned + biases) * self.groups * GROUP * 4
         used = self.stages * self.tile_bytes + partials + selection + EPILOGUE_MISC
         return max(used, MAX_SMEM // 2 + 1024) if self.exclusive else used
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cute_router import compile as compiler
 from cute_router.arch import max_cluster, target_for
+from cute_router.extras import PLAIN, Extras, ExtrasSpec
 from cute_router.gemm import generic
 from cute_router.gemm.config import MAX_TOKEN_TILES, TICKETS, DecodeConfig, can_implement
 from cute_router.heuristics import MAX_BUCKET, decode_config, token_bucket
@@ -89,20 +90,27 @@ def launch(
     x: Tensor,
     W: Tensor,
     bias: Tensor | None,
-    weights: Tensor,
+    weights: Tensor | None,
     ids: Tensor,
     spec: RouterSpec,
     factor: float,
     options: Options,
+    extras: Extras | None = None,
 ) -> None:
-    """Queue the router on the current stream of x's device. Arguments are checked, N is not 0."""
+    """Queue the router on the current stream of x's device. Arguments are checked, N is not 0.
+
+    Without weights, ids are packed words (`Extras`).
+    """
     N, device = x.shape[0], x.get_device()
     bucket = BUCKETS[min(N, MAX_BUCKET)]
-    plan = plan_of(spec.num_experts, spec.hidden_size, spec.has_bias, *options, bucket, device)
+    router = (spec.num_experts, spec.hidden_size, spec.has_bias, *options)
+    form = () if extras is None else (extras.spec,)
+    plan = plan_of(*router, bucket, device, *form)
     if plan is None:
-        generic.launch(x, W, bias, weights, ids, spec, factor, batch_invariant=options[-2])
+        call = (x, W, bias, weights, ids, spec, factor)
+        generic.launch(*call, batch_invariant=options[-2], extras=extras)
         return
-    run(plan, x, W, bias, weights, ids, factor)
+    run(plan, x, W, bias, weights, ids, factor, extras)
 
 
 def run(
@@ -110,9 +118,10 @@ def run(
     x: Tensor,
     W: Tensor,
     bias: Tensor | None,
-    weights: Tensor,
+    weights: Tensor | None,
     ids: Tensor,
     factor: float,
+    extras: Extras | None = None,
 ) -> None:
     """Queue the kernel of `plan`, once for as many tokens as one launch takes."""
     x, W = row_strided(x), row_strided(W)
@@ -122,7 +131,10 @@ def run(
     scratch = plan.scratch.slot(stream, TICKETS + step * plan.token_words)
     for first in range(0, N, step):
         rows = slice(first, first + step)
-        plan.kernel(row_strided(x[rows]), W, bias, weights[rows], ids[rows], scratch, factor)
+        results = None if weights is None else weights[rows], ids[rows]
+        own = extras if extras is None or step == N else extras.rows(first, first + step)
+        more = () if own is None else own.arguments()
+        plan.kernel(row_strided(x[rows]), W, bias, *results, scratch, factor, *more)
 
 
 def row_strided(matrix: Tensor) -> Tensor:
@@ -146,6 +158,7 @@ def plan_of(
     pdl: bool,
     bucket: int,
     device: int,
+    extras: ExtrasSpec = PLAIN,
 ) -> Plan | None:
     """Choose, compile and load; None where the device has no kernel of its own for the product."""
     router = (E, K, has_bias, top_k, scoring, renormalize, n_group, topk_group)
@@ -156,7 +169,8 @@ def plan_of(
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "this router has no kernel for this batch size yet, and none can be compiled or loaded"
-            f" inside a CUDA graph capture: call cute_router.warmup before it; {spec}"
+            " inside a CUDA graph capture: call cute_router.warmup before it, or where there are"
+            f" extras, make a call with them; {spec}"
         )
     config = decode_config(
         spec,
@@ -165,6 +179,7 @@ def plan_of(
         max_cluster=max_cluster(device),
         batch_invariant=batch_invariant,
         pdl=pdl,
+        extras=extras,
     )
     if not batch_invariant:
         config = tuned(config, bucket, device)

@@ -33,7 +33,9 @@ from cutlass.memory import SmemAllocator
 
 from cute_router.epilogue.by_candidates import ByCandidates
 from cute_router.epilogue.by_logits import ByLogits
-from cute_router.epilogue.owner import Outputs, Owner
+from cute_router.epilogue.outputs import Outputs, extra_of, fake_extra, fake_results, put_logit
+from cute_router.epilogue.owner import Owner
+from cute_router.extras import PLAIN
 from cute_router.gemm.config import DecodeConfig
 from cute_router.gemm.exchange import draw_ticket
 from cute_router.gemm.mainloop import Shared
@@ -75,11 +77,12 @@ class DecodeKernel:
         mX: cute.Tensor,  # (N, K) bf16
         mW: cute.Tensor,  # (E, K) bf16
         mBias: cute.Tensor | None,  # (E) fp32
-        mWeights: cute.Tensor,  # (N, k) fp32
-        mIds: cute.Tensor,  # (N, k) int32
+        mWeights: cute.Tensor | None,  # results, see `epilogue.outputs`
+        mIds: cute.Tensor,
         mScratch: cute.Tensor,  # words, see `exchange`
         factor: Float32,
         stream: cuda.CUstream,
+        *extra,
     ):
         """Make the TMA descriptors and launch; traced into the kernel's host code."""
         c = self.cfg
@@ -88,15 +91,16 @@ class DecodeKernel:
         token_tiles = cute.ceil_div(cute.size(mX, mode=[0]), c.tile_tokens)
         (atom_w, tW), (atom_x, tX) = atoms
         self.kernel.set_name_prefix("cute_router_decode", remove_cutlass_symbol=True)
-        self.kernel(
-            atom_w, tW, atom_x, tX, mBias, mWeights, mIds, mScratch, factor, layout_w, layout_x
-        ).launch(
+        results = mWeights, mIds, mScratch, factor, extra_of(extra)
+        self.kernel(atom_w, tW, atom_x, tX, mBias, *results, layout_w, layout_x).launch(
             grid=[c.expert_tiles * c.split_k, token_tiles, 1],
             block=[c.threads, 1, 1],
             cluster=[c.split_k, 1, 1],
             stream=stream,
             smem=c.smem_bytes,
             use_pdl=c.pdl,
+            # With extras ptxas would rather spill than let fewer CTAs share an SM.
+            min_blocks_per_mp=0 if c.extras == PLAIN else 1,
         )
 
     @cute.kernel
@@ -107,10 +111,11 @@ class DecodeKernel:
         atom_x: cute.CopyAtom,
         tX: cute.Tensor,
         mBias: cute.Tensor | None,
-        mWeights: cute.Tensor,
+        mWeights: cute.Tensor | None,
         mIds: cute.Tensor,
         mScratch: cute.Tensor,
         factor: Float32,
+        extra: Any,
         layout_w: cute.ComposedLayout,
         layout_x: cute.ComposedLayout,
     ):
@@ -134,7 +139,8 @@ class DecodeKernel:
         cute.arch.cluster_arrive_relaxed()  # the barriers of this CTA are there for its peers
 
         if warp < self.load_warp:
-            self.epilogue(s, choice, place, tid, mBias, mScratch, Outputs(mWeights, mIds, factor))
+            out = Outputs(mWeights, mIds, factor, extra)
+            self.epilogue(s, choice, place, tid, mBias, mScratch, out)
         elif warp == self.load_warp:
             self.load(atom_w, atom_x, loads, s, place.rank)
         else:
@@ -235,14 +241,18 @@ class DecodeKernel:
                 cute.arch.griddepcontrol_launch_dependents()
         first = place.tile_n * c.tile_tokens + place.rank * c.owned
         o = Owner(tid, place.tile_e, first, place.owned, Boolean(True))
-        bias = self.bias_of(mBias, place.tile_e * c.tile_experts + o.item(c, 0)[0])
-        self.choice.prepare(choice, mBias, tid)
+        mine = place.tile_e * c.tile_experts + o.item(c, 0)[0]
+        biases = [self.bias_of(mBias, mine)]
+        if cutlass.const_expr(c.extras.second_bias):
+            biases.append(self.bias_of(out.extra.mSecondBias, mine))
+        self.choice.prepare(choice, mBias, tid, out)
 
         cute.arch.cluster_wait()  # the peers' barriers are initialised
         cute.arch.griddepcontrol_wait()  # nothing global is written before this
         if cutlass.const_expr(c.trigger == "wait"):
             if tid == 0:
                 cute.arch.griddepcontrol_launch_dependents()
+        self.choice.look(choice, o, out)
         rAcc, coords = self.mainloop.accumulate(s, tid)
         if cutlass.const_expr(c.trigger == "product"):
             if tid == 0:
@@ -253,7 +263,10 @@ class DecodeKernel:
             for step in cutlass.range_constexpr(c.passes):
                 expert, column, part = o.item(c, step)
                 logit = self.split_k.sum(s.sPart, column, expert, part, c.parts)
-                self.choice.put(choice, step, o, expert, column, logit, bias)
+                self.choice.put(choice, step, o, expert, column, logit, biases)
+                if cutlass.const_expr(c.extras.logits):
+                    if part == 0 and column < place.owned and mine < c.spec.num_experts:
+                        put_logit(out, first + column, mine, logit)
             self.meet.arrive_and_wait()
             if cutlass.const_expr(c.expert_tiles > 1):
                 o = o._replace(merging=s.ticket.load() == c.expert_tiles - 1)
@@ -288,9 +301,9 @@ def trace(config: DecodeConfig) -> tuple[DecodeKernel, tuple[Any, ...]]:
         matrix(N),
         matrix(cute.sym_int32()),
         make_fake_tensor(Float32, (E,), (1,), assumed_align=4) if spec.has_bias else None,
-        make_fake_tensor(Float32, (N, k), (k, 1), assumed_align=4),
-        make_fake_tensor(Int32, (N, k), (k, 1), assumed_align=4),
+        *fake_results(N, k, config.extras),
         make_fake_tensor(Int32, (cute.sym_int32(),), (1,), assumed_align=16),
         Float32(1.0),
         make_fake_stream(use_tvm_ffi_env_stream=True),
+        *fake_extra(N, E, config.extras),
     )

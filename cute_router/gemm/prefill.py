@@ -8,9 +8,10 @@ from torch import Tensor
 
 from cute_router import compile as compiler
 from cute_router.arch import max_cluster, target_for
+from cute_router.extras import PLAIN, Extras, ExtrasSpec
 from cute_router.gemm import decode, generic
 from cute_router.gemm.prefill_config import can_implement
-from cute_router.prefill_heuristics import prefill_config, token_bucket
+from cute_router.prefill_heuristics import prefill_config, token_bucket, with_extras
 from cute_router.spec import RouterSpec, Routing, Scoring
 from cute_router.tuning.store import tuned
 from cute_router.validate import Options, spec_of
@@ -55,26 +56,38 @@ def launch(
     x: Tensor,
     W: Tensor,
     bias: Tensor | None,
-    weights: Tensor,
+    weights: Tensor | None,
     ids: Tensor,
     spec: RouterSpec,
     factor: float,
     options: Options,
+    extras: Extras | None = None,
 ) -> None:
-    """Queue the router on the current stream of x's device. Arguments are checked, N is not 0."""
+    """Queue the router on the current stream of x's device. Arguments are checked, N is not 0.
+
+    Without weights, ids are packed words (`Extras`).
+    """
     N, device = x.shape[0], x.get_device()
     if options[-2]:  # batch-invariant: one kernel serves every N
-        decode.launch(x, W, bias, weights, ids, spec, factor, options)
+        decode.launch(x, W, bias, weights, ids, spec, factor, options, extras)
         return
-    bucket = token_bucket(N)
-    kernel = kernel_of(spec.num_experts, spec.hidden_size, spec.has_bias, *options, bucket, device)
+    router = (spec.num_experts, spec.hidden_size, spec.has_bias, *options)
+    form = () if extras is None else (extras.spec,)
+    kernel = kernel_of(*router, token_bucket(N), device, *form)
     if kernel is None:
-        generic.launch(x, W, bias, weights, ids, spec, factor, batch_invariant=False)
+        call = (x, W, bias, weights, ids, spec, factor)
+        generic.launch(*call, batch_invariant=False, extras=extras)
         return
     x, W = decode.row_strided(x), decode.row_strided(W)
+    if N <= MAX_TOKENS:
+        more = () if extras is None else extras.arguments()
+        kernel(x, W, bias, weights, ids, factor, *more)
+        return
     for first in range(0, N, MAX_TOKENS):
         rows = slice(first, first + MAX_TOKENS)
-        kernel(decode.row_strided(x[rows]), W, bias, weights[rows], ids[rows], factor)
+        results = None if weights is None else weights[rows], ids[rows]
+        more = () if extras is None else extras.rows(first, first + MAX_TOKENS).arguments()
+        kernel(decode.row_strided(x[rows]), W, bias, *results, factor, *more)
 
 
 # typed: without it True would find the kernel of 1, and 6.0 that of 6.
@@ -92,6 +105,7 @@ def kernel_of(
     pdl: bool,
     bucket: int,
     device: int,
+    extras: ExtrasSpec = PLAIN,
 ) -> Callable[..., None] | None:
     """Choose, compile and load; None where the device has no kernel of its own for the product."""
     router = (E, K, has_bias, top_k, scoring, renormalize, n_group, topk_group)
@@ -101,7 +115,7 @@ def kernel_of(
         return None
     most = max_cluster(device)
     config = prefill_config(spec, bucket, target, sm_count(device), max_cluster=most, pdl=pdl)
-    config = tuned(config, bucket, device)
+    config = with_extras(tuned(config, bucket, device), extras)
     can_implement(config)
     return compiler.kernel(config)
 

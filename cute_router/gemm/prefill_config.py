@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cute_router.arch import MAX_CLUSTER
+from cute_router.extras import PLAIN, ExtrasSpec
 from cute_router.gemm.config import MAX_SMEM, TILE_K, ceil_div
 from cute_router.spec import RouterSpec
 from cute_router.topk.config import WARP
@@ -45,6 +46,7 @@ class PrefillConfig:
                  for the next tile under way while experts are chosen (sm_90 only: on sm_100 the
                  next tile is multiplied meanwhile).
     pdl:         whether the launch may overlap the kernel ahead of it.
+    extras:      what calls have beside the defaults.
     """
 
     spec: RouterSpec
@@ -58,6 +60,7 @@ class PrefillConfig:
     multicast: bool = False
     overlay: bool = False
     pdl: bool = True
+    extras: ExtrasSpec = PLAIN
 
     @property
     def blackwell(self) -> bool:
@@ -173,7 +176,8 @@ class PrefillConfig:
         ring = self.stages * self.tile_bytes
         logits = self.split_k * self.rows * self.pitch * 4
         large = max(ring, logits) if self.overlay else ring + logits
-        return large + self.padded * 4 + MISC
+        biases = self.padded * (8 if self.extras.second_bias else 4)
+        return large + biases + MISC
 
 
 def can_implement(config: PrefillConfig) -> None:

@@ -41,7 +41,7 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from cutlass.memory import SmemAllocator
 
 from cute_router.epilogue.by_rows import ByRows
-from cute_router.epilogue.owner import Outputs
+from cute_router.epilogue.outputs import Outputs, extra_of, fake_extra, fake_results, put_biases
 from cute_router.gemm.prefill_config import PrefillConfig
 from cute_router.gemm.prefill_exchange import Exchange
 from cute_router.gemm.prefill_mainloop import Shared, Tiles
@@ -73,19 +73,19 @@ class PrefillKernel:
         mX: cute.Tensor,  # (N, K) bf16
         mW: cute.Tensor,  # (E, K) bf16
         mBias: cute.Tensor | None,  # (E) fp32
-        mWeights: cute.Tensor,  # (N, k) fp32
-        mIds: cute.Tensor,  # (N, k) int32
+        mWeights: cute.Tensor | None,  # results, see `epilogue.outputs`
+        mIds: cute.Tensor,
         factor: Float32,
         stream: cuda.CUstream,
+        *extra,
     ):
         """Make the TMA descriptors and launch; traced into the kernel's host code."""
         c = self.cfg
         layout_x, layout_w = self.mainloop.layouts()
         (atom_x, tX), (atom_w, tW) = self.mainloop.tma_atoms(mX, mW, layout_x, layout_w)
         self.kernel.set_name_prefix("cute_router_prefill", remove_cutlass_symbol=True)
-        self.kernel(
-            atom_x, tX, atom_w, tW, mBias, mWeights, mIds, factor, layout_x, layout_w
-        ).launch(
+        results = mWeights, mIds, factor, extra_of(extra)
+        self.kernel(atom_x, tX, atom_w, tW, mBias, *results, layout_x, layout_w).launch(
             grid=[self.grid(cute.size(mX, mode=[0]))[1] * c.cluster, 1, 1],
             block=[c.threads, 1, 1],
             cluster=[c.cluster, 1, 1],
@@ -108,9 +108,10 @@ class PrefillKernel:
         atom_w: cute.CopyAtom,
         tW: cute.Tensor,
         mBias: cute.Tensor | None,
-        mWeights: cute.Tensor,
+        mWeights: cute.Tensor | None,
         mIds: cute.Tensor,
         factor: Float32,
+        extra: Any,
         layout_x: cute.ComposedLayout,
         layout_w: cute.ComposedLayout,
     ):
@@ -134,7 +135,7 @@ class PrefillKernel:
         if warp < self.load_warp:
             if cutlass.const_expr(not c.blackwell):
                 cute.arch.setmaxregister_increase(EPILOGUE_REGISTERS)
-            self.epilogue(s, tiles, tid, mBias, Outputs(mWeights, mIds, factor))
+            self.epilogue(s, tiles, tid, mBias, Outputs(mWeights, mIds, factor, extra))
         else:
             if cutlass.const_expr(not c.blackwell):
                 cute.arch.setmaxregister_decrease(LOAD_REGISTERS)
@@ -173,7 +174,8 @@ class PrefillKernel:
                 smem.allocate(excess, 16)
         else:
             sLogits = smem.allocate_tensor(Float32, logits, 16)
-        sBias = smem.allocate_tensor(Float32, cute.make_layout(c.padded), 16)
+        biases = cute.make_layout((c.padded, 2) if c.extras.second_bias else c.padded)
+        sBias = smem.allocate_tensor(Float32, biases, 16)
         full, free = (smem.allocate_array(Int64, c.stages, byte_alignment=8) for _ in range(2))
         done, drained, part, room = (
             smem.allocate_array(Int64, 1, byte_alignment=8) for _ in range(4)
@@ -257,7 +259,9 @@ class PrefillKernel:
         c = self.cfg
         if tid == 0:
             cute.arch.griddepcontrol_launch_dependents()
-        if cutlass.const_expr(mBias is not None):
+        if cutlass.const_expr(c.extras.second_bias):
+            put_biases(s.sBias, mBias, out.extra, c.spec.num_experts, tid, c.epilogue_threads)
+        elif cutlass.const_expr(mBias is not None):
             expert = tid
             while expert < c.spec.num_experts:
                 s.sBias[expert] = mBias[expert]
@@ -279,7 +283,8 @@ class PrefillKernel:
         if cutlass.const_expr(self.all_multiply) or tid < c.mma_threads:
             self.mainloop.accumulate(s, tid, tiles, turn, self.exchange)
         self.exchange.wait(s, turn)
-        sBias = s.sBias if cutlass.const_expr(c.spec.has_bias) else None
+        has_bias = c.spec.has_bias or c.extras.second_bias
+        sBias = s.sBias if cutlass.const_expr(has_bias) else None
         tile = (tiles.first + turn * tiles.step) * c.tile_tokens
         first = tile + tiles.rank * c.owned
         last = cutlass.min(tile + c.tile_tokens, cute.size(out.mIds, mode=[0]))
@@ -306,8 +311,8 @@ def trace(config: PrefillConfig) -> tuple[PrefillKernel, tuple[Any, ...]]:
         matrix(N),
         matrix(cute.sym_int32()),
         make_fake_tensor(Float32, (E,), (1,), assumed_align=4) if spec.has_bias else None,
-        make_fake_tensor(Float32, (N, k), (k, 1), assumed_align=4),
-        make_fake_tensor(Int32, (N, k), (k, 1), assumed_align=4),
+        *fake_results(N, k, config.extras),
         Float32(1.0),
         make_fake_stream(use_tvm_ffi_env_stream=True),
+        *fake_extra(N, E, config.extras),
     )

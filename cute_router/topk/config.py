@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from cute_router.extras import PLAIN, ExtrasSpec
 from cute_router.spec import RouterSpec
 
 WARP = 32
@@ -72,6 +73,7 @@ class GateConfig:
     lanes:  of a warp, for each token; 32 unless `by_words`.
     warps:  of a CTA.
     pdl:    launched under programmatic dependent launch, where the target knows it.
+    extras: what calls have beside the defaults.
     """
 
     spec: RouterSpec
@@ -81,6 +83,7 @@ class GateConfig:
     lanes: int = 32
     warps: int = 4
     pdl: bool = True
+    extras: ExtrasSpec = PLAIN
 
     @property
     def run(self) -> int:

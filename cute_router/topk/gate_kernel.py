@@ -16,6 +16,15 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from cutlass.memory import SmemAllocator
 
 from cute_router.epilogue.by_words import ByWords
+from cute_router.epilogue.outputs import (
+    Outputs,
+    bias_of_row,
+    extra_of,
+    fake_extra,
+    fake_results,
+    is_token,
+    put_biases,
+)
 from cute_router.epilogue.row import route_row
 from cute_router.topk.config import WARP, GateConfig, dsl_type
 from cute_router.topk.lanes import Lanes
@@ -38,15 +47,16 @@ class GateKernel:
         self,
         mLogits: cute.Tensor,  # (N, E)
         mBias: cute.Tensor | None,  # (E) fp32
-        mWeights: cute.Tensor,  # (N, k) fp32
-        mIds: cute.Tensor,  # (N, k) int32
+        mWeights: cute.Tensor | None,  # results, see `epilogue.outputs`
+        mIds: cute.Tensor,
         factor: Float32,
         stream: cuda.CUstream,
+        *extra,
     ):
         """Launch; traced into the kernel's host code."""
         c = self.cfg
         self.kernel.set_name_prefix("cute_router_gate", remove_cutlass_symbol=True)
-        self.kernel(mLogits, mBias, mWeights, mIds, factor).launch(
+        self.kernel(mLogits, mBias, mWeights, mIds, factor, extra_of(extra)).launch(
             grid=[cute.ceil_div(cute.size(mLogits, mode=[0]), c.warps * self.tokens), 1, 1],
             block=[WARP * c.warps, 1, 1],
             stream=stream,
@@ -58,23 +68,25 @@ class GateKernel:
         self,
         mLogits: cute.Tensor,
         mBias: cute.Tensor | None,
-        mWeights: cute.Tensor,
+        mWeights: cute.Tensor | None,
         mIds: cute.Tensor,
         factor: Float32,
+        extra: Any,
     ):
         """A warp routes one token, or a few."""
-        c = self.cfg
+        c, out = self.cfg, Outputs(mWeights, mIds, factor, extra)
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         first = (cute.arch.block_idx()[0] * c.warps + warp) * self.tokens
         smem = SmemAllocator()
-        sBias = self.load_bias(smem, mBias) if cutlass.const_expr(mBias is not None) else None
+        has_bias = c.spec.has_bias or c.extras.second_bias
+        sBias = self.load_bias(smem, mBias, extra) if cutlass.const_expr(has_bias) else None
         if cutlass.const_expr(c.overlaps):
             cute.arch.griddepcontrol_launch_dependents()
             cute.arch.griddepcontrol_wait()
         if cutlass.const_expr(c.by_words):
             layout = cute.make_layout((self.lay.room, self.tokens, c.warps))
             sLogits = smem.allocate_tensor(mLogits.element_type, layout, 16)[None, None, warp]
-            doubts = self.route(mLogits, sLogits, sBias, mWeights, mIds, factor, first)
+            doubts = self.route(mLogits, sLogits, sBias, out, first)
             sKeys = None
         else:
             doubts = Int32(first < cute.size(mLogits, mode=[0]))
@@ -84,24 +96,27 @@ class GateKernel:
             token = first + cute.arch.popc((doubts & -doubts) - 1) // c.lanes
             route_row(
                 mLogits[token, None],
-                sBias,
+                bias_of_row(sBias, out, token),
                 sKeys,
-                mWeights[token, None],
-                mIds[token, None],
-                factor,
+                out.of_row(token),
+                is_token(out, token),
                 cute.arch.lane_idx(),
                 c.spec,
             )
             doubts = doubts & (doubts - 1)
 
     @cute.jit
-    def load_bias(self, smem: SmemAllocator, mBias: cute.Tensor) -> cute.Tensor:
-        """The bias in shared memory. It may be read before the wait for the kernel ahead."""
+    def load_bias(self, smem: SmemAllocator, mBias: Any, extra: Any) -> cute.Tensor:
+        """The bias, or both, in shared memory. May be read before the wait for the kernel ahead."""
         tid, threads = cute.arch.thread_idx()[0], WARP * self.cfg.warps
-        sBias = smem.allocate_tensor(Float32, cute.make_layout(self.lay.room), 16)
-        for i in cutlass.range_constexpr(-(-cute.size(mBias) // threads)):
-            if tid + i * threads < cute.size(mBias):
-                sBias[tid + i * threads] = mBias[tid + i * threads]
+        biases = (self.lay.room, 2) if self.cfg.extras.second_bias else self.lay.room
+        sBias = smem.allocate_tensor(Float32, cute.make_layout(biases), 16)
+        if cutlass.const_expr(self.cfg.extras.second_bias):
+            put_biases(sBias, mBias, extra, self.cfg.spec.num_experts, tid, threads)
+        else:
+            for i in cutlass.range_constexpr(-(-cute.size(mBias) // threads)):
+                if tid + i * threads < cute.size(mBias):
+                    sBias[tid + i * threads] = mBias[tid + i * threads]
         cute.arch.sync_threads()
         return sBias
 
@@ -111,9 +126,7 @@ class GateKernel:
         mLogits: cute.Tensor,
         sLogits: cute.Tensor,
         sBias: Any,
-        mWeights: cute.Tensor,
-        mIds: cute.Tensor,
-        factor: Float32,
+        out: Outputs,
         first: Int32,
     ) -> Int32:
         """Route the warp's tokens by words; the bits of lanes whose token is left in doubt."""
@@ -124,6 +137,7 @@ class GateKernel:
         sRow = sLogits[None, token - first]
         source = cutlass.min(token, last)  # lanes without a token take the last, and store nothing
         stage(mLogits[source, None], sRow, lay, lane, c.vector)
+        sBias, real = bias_of_row(sBias, out, source), is_token(out, source)
 
         def keys(block):
             arrived(block, lay, c.vector)
@@ -133,7 +147,7 @@ class GateKernel:
         pick = lay.pick(keys, lane)
         cute.arch.sync_warp()  # the logits of all lanes are staged
         settled = token <= last and not pick.doubtful
-        self.words.store(pick.words, sRow, sBias, mWeights, mIds, factor, token, lane, settled)
+        self.words.store(pick.words, sRow, sBias, out, token, lane, settled, real)
         return cute.arch.vote_ballot_sync(pick.doubtful and token <= last and lane == 0)
 
 
@@ -146,8 +160,8 @@ def trace(config: GateConfig) -> tuple[GateKernel, tuple[Any, ...]]:
     return GateKernel(config), (
         make_fake_tensor(dtype, (N, E), (stride, 1), assumed_align=align),
         make_fake_tensor(Float32, (E,), (1,), assumed_align=4) if config.spec.has_bias else None,
-        make_fake_tensor(Float32, (N, k), (k, 1), assumed_align=4),
-        make_fake_tensor(Int32, (N, k), (k, 1), assumed_align=4),
+        *fake_results(N, k, config.extras),
         Float32(1.0),
         make_fake_stream(use_tvm_ffi_env_stream=True),
+        *fake_extra(N, E, config.extras),
     )

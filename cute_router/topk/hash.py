@@ -7,12 +7,14 @@ many tokens, or softmax   hash_logits_kernel   after `torch.mm` to all fp32 logi
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cute_router import compile as compiler
 from cute_router.arch import target_for
+from cute_router.extras import PLAIN, Extras, ExtrasSpec
 from cute_router.gemm.decode import row_strided
 from cute_router.spec import HIDDEN_MULTIPLE, MAX_EXPERTS, Routing, Scoring, check_bool
 from cute_router.topk.hash_config import HashConfig, HashGateConfig, HashLogitsConfig
@@ -20,7 +22,7 @@ from cute_router.validate import FP32_MAX, INT32_MAX, MAX_TOKENS, hash_spec
 
 Kernel = Callable[..., None]
 
-BITS = {torch.int32: 32, torch.int64: 64}
+BITS = {torch.int32: 32, torch.int64: 64, None: 0}  # without token ids, row n is token n's
 MAX_LOAD = 16  # bytes
 # Gathering reads rows of W from the L2 for each token, where a dense product shares them between
 # tokens; but it is one launch in place of two, and fewer products. On an H200 both take the same
@@ -104,32 +106,38 @@ def launch(
     scoring: Scoring,
     renormalize: bool,
     pdl: bool,
-    weights: Tensor,
+    weights: Tensor | None,
     ids: Tensor,
+    extras: Extras | None = None,
 ) -> None:
-    """Queue the routing on the current stream. Arguments are checked, N is not 0."""
-    (N, k), device = weights.shape, token_ids.get_device()
+    """Queue the routing on the current stream. Arguments are checked, N is not 0.
+
+    Without weights, ids are packed words (`Extras`).
+    """
+    N, k, device = token_ids.shape[0], table.shape[1], token_ids.get_device()
     dtypes = token_ids.dtype, table.dtype
+    form = PLAIN if extras is None else extras.spec
+    more = () if extras is None else extras.arguments()
     # The stride of a dimension of size 1 can be anything, which the kernels do not take.
     token_ids, weights, ids = packed(token_ids), packed(weights), packed(ids)
     if x is None or W is None:
-        vector = vector_for(table, weights, ids)
-        kernel = uniform_kernel(k, *dtypes, vector, scoring, renormalize, pdl, device)
-        kernel(token_ids, table, weights, ids, factor / k)
+        vector = vector_for(table, weights, ids) if form == PLAIN else 1
+        kernel = uniform_kernel(k, *dtypes, vector, scoring, renormalize, pdl, device, form)
+        kernel(token_ids, table, weights, ids, factor / k, *more)
         return
     E, K = W.shape
     if gathers(N, E, K, k, scoring):
-        kernel = gate_kernel(K, k, *dtypes, scoring, renormalize, pdl, device)
-        kernel(token_ids, table, row_strided(x), row_strided(W), weights, ids, factor)
+        kernel = gate_kernel(K, k, *dtypes, scoring, renormalize, pdl, device, form)
+        kernel(token_ids, table, row_strided(x), row_strided(W), weights, ids, factor, *more)
         return
     logits = torch.mm(x.detach(), W.detach().t(), out_dtype=torch.float32)
-    kernel = logits_kernel(k, *dtypes, scoring, renormalize, device)
-    kernel(token_ids, table, logits, weights, ids, factor)
+    kernel = logits_kernel(k, *dtypes, scoring, renormalize, device, "float32", form)
+    kernel(token_ids, table, logits, weights, ids, factor, *more)
 
 
-def packed(t: Tensor) -> Tensor:
+def packed(t: Tensor | None) -> Any:
     """A contiguous tensor, with the strides that this has where no size is 1."""
-    return t.as_strided(t.shape, (*t.shape[1:], 1))
+    return None if t is None else t.as_strided(t.shape, (*t.shape[1:], 1))
 
 
 def aligned_vector(k: int, itemsize: int) -> int:
@@ -140,7 +148,7 @@ def aligned_vector(k: int, itemsize: int) -> int:
     return vector
 
 
-def vector_for(table: Tensor, weights: Tensor, ids: Tensor) -> int:
+def vector_for(table: Tensor, weights: Any, ids: Tensor) -> int:
     """The same for these tensors as they lie."""
     vector = aligned_vector(table.shape[1], table.itemsize)
     while vector > 1 and (
@@ -163,42 +171,48 @@ def uniform_kernel(
     renormalize: bool,
     pdl: bool,
     device: int,
+    extras: ExtrasSpec = PLAIN,
 ) -> Kernel:
     """The kernel of equal weights; scoring and renormalisation are checked, and change nothing."""
     check_bool("pdl", pdl)
     hash_spec(HIDDEN_MULTIPLE, k, scoring, renormalize)
     bits = BITS[token_dtype], BITS[table_dtype]
-    return compiler.kernel(HashConfig(k, target_for(device)[1], *bits, vector, pdl))
+    return compiler.kernel(HashConfig(k, target_for(device)[1], *bits, vector, pdl, extras))
 
 
 @lru_cache(maxsize=None, typed=True)
 def gate_kernel(
     K: int,
     k: int,
-    token_dtype: torch.dtype,
+    token_dtype: torch.dtype | None,
     table_dtype: torch.dtype,
     scoring: Scoring,
     renormalize: bool,
     pdl: bool,
     device: int,
+    extras: ExtrasSpec = PLAIN,
 ) -> Kernel:
     """The kernel of the chosen products."""
     check_bool("pdl", pdl)
     spec = hash_spec(K, k, scoring, renormalize)
     bits = BITS[token_dtype], BITS[table_dtype]
-    return compiler.kernel(HashGateConfig(spec, target_for(device)[1], *bits, pdl))
+    return compiler.kernel(HashGateConfig(spec, target_for(device)[1], *bits, pdl, extras))
 
 
 @lru_cache(maxsize=None, typed=True)
 def logits_kernel(
     k: int,
-    token_dtype: torch.dtype,
+    token_dtype: torch.dtype | None,
     table_dtype: torch.dtype,
     scoring: Scoring,
     renormalize: bool,
     device: int,
+    dtype: str = "float32",
+    extras: ExtrasSpec = PLAIN,
 ) -> Kernel:
-    """The kernel that follows `torch.mm`."""
+    """The kernel that follows `torch.mm`, or a call on logits of `dtype`."""
     spec = hash_spec(HIDDEN_MULTIPLE, k, scoring, renormalize)
     bits = BITS[token_dtype], BITS[table_dtype]
-    return compiler.kernel(HashLogitsConfig(spec, target_for(device)[1], *bits))
+    return compiler.kernel(
+        HashLogitsConfig(spec, target_for(device)[1], *bits, dtype=dtype, extras=extras)
+    )

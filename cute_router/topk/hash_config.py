@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from cute_router.extras import PLAIN, ExtrasSpec
 from cute_router.spec import HIDDEN_MULTIPLE, RouterSpec
 from cute_router.topk.config import WARP, dependent_launch
 
@@ -20,6 +21,7 @@ class HashConfig:
     table_bits: of a table entry, 32 or 64.
     vector:     entries that a thread copies; divides k and the table's row stride.
     pdl:        launched under programmatic dependent launch, where the target knows it.
+    extras:     what calls have beside the defaults; with any, `vector` is 1.
     """
 
     top_k: int
@@ -28,6 +30,7 @@ class HashConfig:
     table_bits: int = 64
     vector: int = 1
     pdl: bool = True
+    extras: ExtrasSpec = PLAIN
 
     @property
     def row_threads(self) -> int:
@@ -51,6 +54,7 @@ class HashGateConfig:
 
     spec: the router: hidden size, k, scoring (no softmax) and renormalisation. The number of
           experts is a run-time value and is not looked at.
+    token_bits: 0 where there are no token ids, and row n of the table is that of token n.
     The other fields are those of `HashConfig`.
     """
 
@@ -59,6 +63,7 @@ class HashGateConfig:
     token_bits: int = 64
     table_bits: int = 64
     pdl: bool = True
+    extras: ExtrasSpec = PLAIN
 
     @property
     def chunks(self) -> int:
@@ -98,7 +103,8 @@ class HashLogitsConfig:
     """One compiled kernel that looks experts up and weighs them by given logits.
 
     spec: the router: k, scoring and renormalisation; its sizes are run-time values.
-    The other fields are those of `HashConfig`.
+    dtype: of the logits, "float32", "float16" or "bfloat16".
+    The other fields are those of `HashGateConfig`.
     """
 
     spec: RouterSpec
@@ -106,3 +112,5 @@ class HashLogitsConfig:
     token_bits: int = 64
     table_bits: int = 64
     warps: int = 4  # tokens of a CTA
+    dtype: str = "float32"
+    extras: ExtrasSpec = PLAIN

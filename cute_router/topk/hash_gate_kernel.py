@@ -23,11 +23,19 @@ from cutlass import BFloat16, Float32, Int32, Int64
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from cutlass.memory import SmemAllocator
 
+from cute_router.epilogue.outputs import Outputs, extra_of
 from cute_router.epilogue.scoring import activate
 from cute_router.spec import HIDDEN_MULTIPLE
 from cute_router.topk.config import WARP
 from cute_router.topk.hash_config import HashGateConfig
-from cute_router.topk.hash_row import fake_lookup, fake_outputs, look_up, store_row
+from cute_router.topk.hash_row import (
+    fake_extras,
+    fake_lookup,
+    fake_outputs,
+    is_real,
+    look_up,
+    store_row,
+)
 
 CHUNK = HIDDEN_MULTIPLE  # bf16 elements of one load
 WORDS = CHUNK // 2  # pairs of them
@@ -46,19 +54,20 @@ class HashGateKernel:
     @cute.jit
     def __call__(
         self,
-        mTokens: cute.Tensor,  # (N) token ids
+        mTokens: cute.Tensor | None,  # (N) token ids
         mTable: cute.Tensor,  # (vocab, k)
         mX: cute.Tensor,  # (N, K) bf16
         mW: cute.Tensor,  # (E, K) bf16
-        mWeights: cute.Tensor,  # (N, k) fp32
-        mIds: cute.Tensor,  # (N, k) int32
+        mWeights: cute.Tensor | None,  # results, see `epilogue.outputs`
+        mIds: cute.Tensor,
         factor: Float32,
         stream: cuda.CUstream,
+        *extra,
     ):
         """Launch; traced into the kernel's host code."""
         self.kernel.set_name_prefix("cute_router_hash_gate", remove_cutlass_symbol=True)
-        self.kernel(mTokens, mTable, mX, mW, mWeights, mIds, factor).launch(
-            grid=[cute.size(mTokens), 1, 1],
+        self.kernel(mTokens, mTable, mX, mW, mWeights, mIds, factor, extra_of(extra)).launch(
+            grid=[cute.size(mX, mode=[0]), 1, 1],
             block=[self.cfg.threads, 1, 1],
             stream=stream,
             use_pdl=self.cfg.overlaps,
@@ -68,16 +77,17 @@ class HashGateKernel:
     @cute.kernel
     def kernel(
         self,
-        mTokens: cute.Tensor,
+        mTokens: cute.Tensor | None,
         mTable: cute.Tensor,
         mX: cute.Tensor,
         mW: cute.Tensor,
-        mWeights: cute.Tensor,
+        mWeights: cute.Tensor | None,
         mIds: cute.Tensor,
         factor: Float32,
+        extra: Any,
     ):
         """A CTA routes one token."""
-        c = self.cfg
+        c, out = self.cfg, Outputs(mWeights, mIds, factor, extra)
         token, tid, lane = cute.arch.block_idx()[0], cute.arch.thread_idx()[0], cute.arch.lane_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         sPart = SmemAllocator().allocate_tensor(Float32, cute.make_layout((self.k, self.warps)), 16)
@@ -88,6 +98,7 @@ class HashGateKernel:
         rSum = cute.make_rmem_tensor(self.k, Float32)
         rX = self.load(mX, Int64(token), tid)  # on its way while the experts are looked up
         expert = look_up(mTokens, mTable, token, mW.shape[0], lane)
+        real = is_real(mTokens, mTable, token, out)
         self.accumulate(rSum, rX, mW, expert, tid, first=True)
         for portion in cutlass.range(1, -(-c.steps // c.flight)):
             chunk = tid + portion * (c.flight * c.threads)
@@ -99,7 +110,7 @@ class HashGateKernel:
             slot = cutlass.min(lane, self.k - 1)
             sums = [sPart[slot, w] for w in range(self.warps)]
             activation = activate(sum_of(sums), c.spec.scoring)
-            store_row(expert, activation, mWeights, mIds, token, factor, lane, c.spec)
+            store_row(expert, activation, out, token, mW.shape[0], real, lane, c.spec)
 
     @cute.jit
     def load(self, matrix: cute.Tensor, row: Int64, chunk: Int32) -> cute.Tensor:
@@ -228,4 +239,5 @@ def trace(config: HashGateConfig) -> tuple[HashGateKernel, tuple[Any, ...]]:
         *fake_outputs(config, N),
         Float32(1.0),
         make_fake_stream(use_tvm_ffi_env_stream=True),
+        *fake_extras(config, N),
     )

@@ -81,6 +81,13 @@ def bf16(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
+def to_bf16(a: np.ndarray) -> np.ndarray:
+    """cvt.rn.bf16.f32: the bits of the nearest bf16, of two the even one; one NaN for all."""
+    bits = a.view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
+    return np.where(a != a, np.uint32(0x7FFF), rounded).astype(np.uint16)
+
+
 def lop3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: int) -> np.ndarray:
     """The bitwise function whose value for bits a, b, c is bit 4a + 2b + c of the table."""
     found = np.zeros_like(a)
@@ -108,6 +115,8 @@ def quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def high(a: np.ndarray, b: np.ndarray, wide: str) -> np.ndarray:
     """The upper half of the product of two values of half the width of `wide`."""
+    if a.dtype.itemsize == 8:  # twice that NumPy has not
+        return np.array([int(x) * int(y) >> 64 for x, y in zip(a, b, strict=True)], a.dtype)
     product = a.astype(wide) * b.astype(wide)
     return (product >> product.dtype.type(4 * product.dtype.itemsize)).astype(a.dtype)
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cute_router import Routing
+from cute_router import Extras, Routing
 from cute_router.arch import MAX_CLUSTER
 from cute_router.compile import trace_and_compile
 from cute_router.gemm.config import TICKETS, DecodeConfig, ceil_div
@@ -23,10 +23,12 @@ from ptx_sim.errors import SimulationError
 from ptx_sim.machine import Machine
 from ptx_sim.memory import GlobalMemory
 from ptx_sim.program import load
+from ptx_sim.results import DEPENDENT as WRITTEN
+from ptx_sim.results import ExtraParams, Results
 from ptx_sim.tensor import TensorMap
 
 EMPTY = 0xFFFFFFFF
-DEPENDENT = frozenset(("scratch", "weights", "ids"))  # of the kernel ahead, or like its
+DEPENDENT = WRITTEN | {"scratch"}  # of the kernel ahead, or like its
 
 
 @functools.cache
@@ -46,14 +48,14 @@ def simulate(
     policy: str = "eager",
     factor: float = 1.0,
     ptx: str | None = None,
+    extras: Extras | None = None,
 ) -> Routing:
     """The outputs of one launch; raises a `SimulationError` if anything goes wrong on the way."""
     c, N, k = config, x.shape[0], config.spec.top_k
     memory = GlobalMemory()
     scratch = np.full(TICKETS + N * c.packet_words, EMPTY, np.uint32)
     scratch[:TICKETS] = 0
-    weights = np.full(N * k, EMPTY, np.uint32)
-    ids = weights.copy()
+    results, extra = Results(memory, N, k, c.extras), ExtraParams(memory, extras)
 
     def matrix(name: str, values: Tensor, rows: int) -> tuple[TensorMap, bytes]:
         """A tensor map, and the sizes of the coordinate tensor that goes with it."""
@@ -64,10 +66,9 @@ def simulate(
     params = [*matrix("W", W, c.tile_experts), *matrix("x", x, c.tile_tokens)]
     if bias is not None:
         params.append(tensor_param(memory, "bias", bias.numpy().view(np.uint32).copy()))
-    params.append(tensor_param(memory, "weights", weights, (N,)))
-    params.append(tensor_param(memory, "ids", ids, (N,)))
+    params += results.params
     params.append(tensor_param(memory, "scratch", scratch, (scratch.size,)))
-    params.append(struct.pack("<f", factor))
+    params += [struct.pack("<f", factor), *extra.params]
     Machine(
         load(ptx or ptx_of(c)),
         params,
@@ -79,10 +80,8 @@ def simulate(
         dependent=DEPENDENT,
     ).run()
     check_scratch(scratch)
-    return Routing(
-        torch.from_numpy(weights.view(np.float32).reshape(N, k)),
-        torch.from_numpy(ids.view(np.int32).reshape(N, k)),
-    )
+    extra.finish()
+    return results.routing()
 
 
 def tensor_param(

@@ -2,21 +2,21 @@
 
 import struct
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from cute_router import Routing
+from cute_router import Extras, Routing
 from cute_router.gemm.config import ceil_div
 from cute_router.topk.config import WARP, GateConfig
 from cute_router.topk.lanes import Lanes
 from ptx_sim.engine import policy_of
-from ptx_sim.launch import EMPTY, matrix_param, ptx_of, tensor_param, words_of
+from ptx_sim.launch import matrix_param, ptx_of, tensor_param, words_of
 from ptx_sim.machine import Machine
 from ptx_sim.memory import GlobalMemory
 from ptx_sim.program import load
+from ptx_sim.results import DEPENDENT as WRITTEN
+from ptx_sim.results import ExtraParams, Results
 
-DEPENDENT = frozenset(("logits", "weights", "ids"))  # of the kernel ahead, or like its
+DEPENDENT = WRITTEN | {"logits"}  # of the kernel ahead, or like its
 
 
 def simulate_gate(
@@ -27,6 +27,7 @@ def simulate_gate(
     policy: str = "eager",
     factor: float = 1.0,
     ptx: str | None = None,
+    extras: Extras | None = None,
 ) -> Routing:
     """The outputs of one launch; raises a `SimulationError` if anything goes wrong on the way.
 
@@ -34,14 +35,11 @@ def simulate_gate(
     """
     N, k = logits.shape[0], config.spec.top_k
     memory = GlobalMemory()
-    weights = np.full(N * k, EMPTY, np.uint32)
-    ids = weights.copy()
+    results, extra = Results(memory, N, k, config.extras), ExtraParams(memory, extras)
     params = [matrix_param(memory, "logits", logits)]
     if bias is not None:
         params.append(tensor_param(memory, "bias", words_of(bias)))
-    params.append(tensor_param(memory, "weights", weights, (N,)))
-    params.append(tensor_param(memory, "ids", ids, (N,)))
-    params.append(struct.pack("<f", factor))
+    params += [*results.params, struct.pack("<f", factor), *extra.params]
     Machine(
         load(ptx or ptx_of(config)),
         params,
@@ -52,17 +50,14 @@ def simulate_gate(
         shared_bytes=shared_bytes(config),
         dependent=DEPENDENT if config.pdl else frozenset(),
     ).run()
-    return Routing(
-        torch.from_numpy(weights.view(np.float32).reshape(N, k)),
-        torch.from_numpy(ids.view(np.int32).reshape(N, k)),
-    )
+    return results.routing()
 
 
 def shared_bytes(config: GateConfig) -> int:
     """What the kernel allocates: the bias, then its warps' logits, or their experts' keys."""
     c, E = config, config.spec.num_experts
     room = Lanes(E, c.spec.top_k, c.lanes, c.run, exact=False).room
-    bias = 4 * room if c.spec.has_bias else 0
+    bias = 4 * room * (2 if c.extras.second_bias else c.spec.has_bias)
     keys = 4 * ceil_div(E, WARP) * WARP
     of_warp = room * (WARP // c.lanes) * (16 // c.run) if c.by_words else keys
     return bias + c.warps * of_warp

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cute_router import Routing
+from cute_router import Extras, Routing
 from cute_router.gemm.config import ceil_div
 from cute_router.topk.hash_config import HashConfig, HashGateConfig, HashLogitsConfig
 from ptx_sim.engine import policy_of
@@ -14,30 +14,34 @@ from ptx_sim.launch import ptx_of, words_of
 from ptx_sim.machine import Machine
 from ptx_sim.memory import GlobalMemory
 from ptx_sim.program import load
+from ptx_sim.results import DEPENDENT as WRITTEN
+from ptx_sim.results import POISON, ExtraParams, Results
 
 AnyHashConfig = HashConfig | HashGateConfig | HashLogitsConfig
 
-POISON = 0x7F7F7F7F  # between rows: no token, no expert, and a huge number
-DEPENDENT = frozenset(("tokens", "x", "weights", "ids"))  # of the kernel ahead, or like its
+DEPENDENT = WRITTEN | {"tokens", "x"}  # of the kernel ahead, or like its
 
 
 def simulate(
     config: AnyHashConfig,
-    token_ids: Tensor,
+    token_ids: Tensor | None,
     table: Tensor,
     *products: Tensor,
     factor: float = 1.0,
     policy: str = "eager",
     padding: int = 0,
     ptx: str | None = None,
+    extras: Extras | None = None,
 ) -> Routing:
     """The outputs of one launch; `products` are x and W, or logits, or nothing.
 
-    Rows of the inputs are `padding` elements apart, with poison between them.
+    Rows of the inputs are `padding` elements apart, with poison between them, which is no token, no
+    expert, and a huge number. Without token ids each token has its own row of the table.
     """
-    N, k = token_ids.shape[0], table.shape[1]
+    N, k = (table if token_ids is None else token_ids).shape[0], table.shape[1]
     memory = GlobalMemory()
-    weights, ids = (np.full(N * k, POISON, np.uint32) for _ in range(2))
+    results = Results(memory, N, k, config.extras)
+    extra = ExtraParams(memory, extras, fixed=False)
 
     def vector(name: str, words: np.ndarray) -> bytes:
         """The kernel's parameter for a dense tensor of N rows."""
@@ -56,12 +60,12 @@ def simulate(
     names = {0: (), 1: ("logits",), 2: ("x", "W")}[len(products)]
     inputs = [matrix(name, t) for name, t in zip(names, products, strict=True)]
     params = [
-        vector("tokens", words_of(token_ids)),
+        *([] if token_ids is None else [vector("tokens", words_of(token_ids))]),
         matrix("table", table),
         *inputs,
-        vector("weights", weights),
-        vector("ids", ids),
+        *results.params,
         struct.pack("<f", factor if products else factor / k),
+        *extra.params,
     ]
     Machine(
         load(ptx or ptx_of(config)),
@@ -73,10 +77,7 @@ def simulate(
         shared_bytes=4096,
         dependent=dependent_on(config),
     ).run()
-    return Routing(
-        torch.from_numpy(weights.view(np.float32).reshape(N, k)),
-        torch.from_numpy(ids.view(np.int32).reshape(N, k)),
-    )
+    return results.routing()
 
 
 def dependent_on(config: AnyHashConfig) -> frozenset[str]:

@@ -6,17 +6,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cute_router import Routing
+from cute_router import Extras, Routing
 from cute_router.gemm.config import ceil_div
 from cute_router.gemm.prefill_config import PrefillConfig
 from ptx_sim.engine import policy_of
-from ptx_sim.launch import EMPTY, ptx_of, tensor_param
+from ptx_sim.launch import ptx_of, tensor_param
 from ptx_sim.machine import Machine
 from ptx_sim.memory import GlobalMemory
 from ptx_sim.program import load
+from ptx_sim.results import DEPENDENT, ExtraParams, Results
 from ptx_sim.tensor import TensorMap
-
-DEPENDENT = frozenset(("weights", "ids"))  # of the kernel ahead, or like its; x by its tensor map
 
 
 def simulate_prefill(
@@ -28,12 +27,12 @@ def simulate_prefill(
     policy: str = "eager",
     factor: float = 1.0,
     ptx: str | None = None,
+    extras: Extras | None = None,
 ) -> Routing:
     """The outputs of one launch; raises a `SimulationError` if anything goes wrong on the way."""
     c, N, k = config, x.shape[0], config.spec.top_k
     memory = GlobalMemory()
-    weights = np.full(N * k, EMPTY, np.uint32)
-    ids = weights.copy()
+    results, extra = Results(memory, N, k, c.extras), ExtraParams(memory, extras)
 
     def matrix(name: str, values: Tensor, rows: int) -> tuple[TensorMap, bytes]:
         """A tensor map, and the sizes of the coordinate tensor that goes with it."""
@@ -45,9 +44,7 @@ def simulate_prefill(
     params = [*matrix("x", x, rows), *matrix("W", W, c.tile_experts)]
     if bias is not None:
         params.append(tensor_param(memory, "bias", bias.numpy().view(np.uint32).copy()))
-    params.append(tensor_param(memory, "weights", weights, (N,)))
-    params.append(tensor_param(memory, "ids", ids, (N,)))
-    params.append(struct.pack("<f", factor))
+    params += [*results.params, struct.pack("<f", factor), *extra.params]
     Machine(
         load(ptx or ptx_of(c)),
         params,
@@ -58,7 +55,5 @@ def simulate_prefill(
         shared_bytes=c.smem_bytes,
         dependent=DEPENDENT,
     ).run()
-    return Routing(
-        torch.from_numpy(weights.view(np.float32).reshape(N, k)),
-        torch.from_numpy(ids.view(np.int32).reshape(N, k)),
-    )
+    extra.finish()
+    return results.routing()

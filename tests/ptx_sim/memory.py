@@ -26,6 +26,7 @@ class Region:
         self.base = base
         self.words = words
         self.halves = words.view(np.uint16)
+        self.bytes = words.view(np.uint8)
         self.size = words.nbytes if size is None else size
 
     def offsets(self, addresses: np.ndarray, m: np.ndarray, n: int) -> np.ndarray:
@@ -54,6 +55,10 @@ class Region:
     def load_half(self, addresses: np.ndarray, m: np.ndarray) -> np.ndarray:
         """Two bytes for each active lane."""
         return self.halves[self.offsets(addresses, m, 2) >> addresses.dtype.type(1)]
+
+    def load_byte(self, addresses: np.ndarray, m: np.ndarray) -> np.ndarray:
+        """A byte for each active lane, in a register of 16 bits."""
+        return self.bytes[self.offsets(addresses, m, 1)].astype(np.uint16)
 
     def store_half(self, addresses: np.ndarray, m: np.ndarray, value: np.ndarray) -> np.ndarray:
         """Two bytes of each active lane; returns the word of each lane."""

@@ -357,9 +357,11 @@ class Emitter:
         return kind, forms[name].format(*values)
 
     def convert(self, parts: list[str], source: Operand) -> tuple[str, str]:
-        """cvt between integers, and to fp32."""
+        """cvt between integers, to fp32, and from it to bf16."""
         if parts[-2] == "f32" and parts[-1] in HALVES:
             return "f4", f"lanes.{parts[-1]}({self.value(source, 'u2')})"
+        if parts[1:] == ["rn", "bf16", "f32"]:
+            return "u2", f"lanes.to_bf16({self.value(source, 'f4')})"
         to, of = (p[0].replace("s", "i") + str(int(p[1:]) // 8) for p in parts[-2:])
         if "f" in of or (to[0] == "f" and parts[1] != "rn"):
             raise Unsupported(".".join(parts))
@@ -405,7 +407,9 @@ class Emitter:
         for i, target in enumerate(targets):
             kind = lanes.register_type(target)
             # A register may be wider than what is loaded.
-            widened = f".astype('{kind}')" if kind == "u8" else ""
+            extended = ".view('i4').astype('i8').view('u8')"
+            signed = instruction.parts[-1] == "s32"
+            widened = "" if kind != "u8" else extended if signed else ".astype('u8')"
             self.put(target, kind, f"{results}[{i}]{widened}")
 
     def gate(self, method: str, instruction: Instruction) -> str:

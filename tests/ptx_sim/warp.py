@@ -217,6 +217,8 @@ class Warp:
         """What a load gets, one array for each destination."""
         if opcode.endswith(".b16"):
             return (region.load_half(address, m),)
+        if opcode.endswith(".b8"):
+            return (region.load_byte(address, m),)
         words = region.load(address, m, self.words(opcode))
         if not opcode.endswith(".b64"):
             return words
