@@ -49,7 +49,7 @@ def dense_decode(
 ) -> Routing:
     """`functional.dense_decode`."""
     options = (top_k, scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
-    return _dense("gemm.decode", x, W, bias, routed_scaling_factor, options, out_weights, out_ids)
+    return dense("gemm.decode", x, W, bias, routed_scaling_factor, options, out_weights, out_ids)
 
 
 def dense_prefill(
@@ -69,7 +69,7 @@ def dense_prefill(
 ) -> Routing:
     """`functional.dense_prefill`."""
     options = (top_k, scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
-    return _dense("gemm.prefill", x, W, bias, routed_scaling_factor, options, out_weights, out_ids)
+    return dense("gemm.prefill", x, W, bias, routed_scaling_factor, options, out_weights, out_ids)
 
 
 def route(
@@ -90,7 +90,7 @@ def route(
     """`functional.route`."""
     options = (top_k, scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
     call = (x, W, bias, routed_scaling_factor, options, out_weights, out_ids)
-    return _dense(dense_backend(x), *call)
+    return dense(dense_backend(x), *call)
 
 
 def dense_backend(x: Any) -> str:
@@ -99,8 +99,8 @@ def dense_backend(x: Any) -> str:
     return "gemm.prefill" if many else "gemm.decode"
 
 
-def _dense(
-    name: str,
+def dense(
+    backend: str,
     x: Tensor,
     W: Tensor,
     bias: Tensor | None,
@@ -109,9 +109,9 @@ def _dense(
     out_weights: Tensor | None,
     out_ids: Tensor | None,
 ) -> Routing:
-    """Route hidden states; on CUDA by the backend `name`."""
+    """A dense function; `backend` is the module of its kernels, "gemm.decode" or "gemm.prefill"."""
     if isinstance(x, Tensor) and x.is_cuda:
-        fast = _cuda(name).fast
+        fast = _cuda(backend).fast
         routing: Routing | None = fast(x, W, bias, factor, options, out_weights, out_ids)
         if routing is not None:
             return routing
@@ -119,7 +119,7 @@ def _dense(
     weights = _output("out_weights", out_weights, (N, spec.top_k), torch.float32, x.device)
     ids = _output("out_ids", out_ids, (N, spec.top_k), torch.int32, x.device)
     if N > 0:
-        launch = _cuda(name).launch if x.is_cuda else cpu.dense
+        launch = _cuda(backend).launch if x.is_cuda else cpu.dense
         launch(x, W, bias, weights, ids, spec, float(factor), options)
     return Routing(weights, ids)
 

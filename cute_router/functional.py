@@ -89,29 +89,13 @@ def dense_decode(
 
     CUDA tensors run the kernels of `backend_for(x.device)`; CPU tensors run the fp64 reference.
     """
-    if extras is not None:
-        given = (scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
-        every = (x, W, bias, top_k, routed_scaling_factor, *given)
-        return _with_extras("dense_decode", every, (x, W), top_k, out_weights, out_ids, extras)
-    if not (is_compiling() or _recorded(x, W)):
-        return eager.dense_decode(
-            x,
-            W,
-            bias,
-            top_k,
-            routed_scaling_factor,
-            scoring,
-            renormalize,
-            n_group,
-            topk_group,
-            batch_invariant,
-            pdl,
-            out_weights,
-            out_ids,
-        )
-    options = (scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
-    call = (x, W, bias, top_k, routed_scaling_factor, *options)
-    return _dense_op(ops.dense_decode, call, out_weights, out_ids)
+    if extras is None and not (is_compiling() or _recorded(x, W)):
+        options = (top_k, scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
+        factor, backend = routed_scaling_factor, "gemm.decode"
+        return eager.dense(backend, x, W, bias, factor, options, out_weights, out_ids)
+    rest = (scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
+    call = (x, W, bias, top_k, routed_scaling_factor, *rest)
+    return _dense("dense_decode", call, out_weights, out_ids, extras)
 
 
 def dense_prefill(
@@ -139,13 +123,13 @@ def dense_prefill(
     last places from those of `dense_decode`, unless `batch_invariant` is set, which has both run
     the same kernel.
     """
-    options = (scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
-    call = (x, W, bias, top_k, routed_scaling_factor, *options)
-    if extras is not None:
-        return _with_extras("dense_prefill", call, (x, W), top_k, out_weights, out_ids, extras)
-    if not (is_compiling() or _recorded(x, W)):
-        return eager.dense_prefill(*call, out_weights, out_ids)
-    return _dense_op(ops.dense_prefill, call, out_weights, out_ids)
+    if extras is None and not (is_compiling() or _recorded(x, W)):
+        options = (top_k, scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
+        factor, backend = routed_scaling_factor, "gemm.prefill"
+        return eager.dense(backend, x, W, bias, factor, options, out_weights, out_ids)
+    rest = (scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
+    call = (x, W, bias, top_k, routed_scaling_factor, *rest)
+    return _dense("dense_prefill", call, out_weights, out_ids, extras)
 
 
 def route(
@@ -171,13 +155,13 @@ def route(
     with `batch_invariant` there is no difference. Arguments, result and errors are those of
     `dense_decode`.
     """
-    options = (scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
-    call = (x, W, bias, top_k, routed_scaling_factor, *options)
-    if extras is not None:
-        return _with_extras("route", call, (x, W), top_k, out_weights, out_ids, extras)
-    if not (is_compiling() or _recorded(x, W)):
-        return eager.route(*call, out_weights, out_ids)
-    return _dense_op(ops.route, call, out_weights, out_ids)
+    if extras is None and not (is_compiling() or _recorded(x, W)):
+        options = (top_k, scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
+        factor, backend = routed_scaling_factor, eager.dense_backend(x)
+        return eager.dense(backend, x, W, bias, factor, options, out_weights, out_ids)
+    rest = (scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
+    call = (x, W, bias, top_k, routed_scaling_factor, *rest)
+    return _dense("route", call, out_weights, out_ids, extras)
 
 
 def hash_route(
@@ -353,14 +337,20 @@ def _recorded(*inputs: Any) -> bool:
     return False
 
 
-def _dense_op(
-    op: Any, call: tuple[Any, ...], out_weights: Tensor | None, out_ids: Tensor | None
+def _dense(
+    name: str,
+    call: tuple[Any, ...],
+    out_weights: Tensor | None,
+    out_ids: Tensor | None,
+    extras: Extras | None,
 ) -> Routing:
-    """The torch op of a dense function; what tracers have no values of is not checked."""
+    """A dense function's call that has extras, or goes by the torch op."""
     x, W, bias, top_k, factor, *options = call
-    if not is_compiling():
+    if extras is not None:
+        return _with_extras(name, call, (x, W), top_k, out_weights, out_ids, extras)
+    if not is_compiling():  # tracers have no values to check
         check(x, W, bias, factor, (top_k, *options))
-    return _by_op(op, call, (x, W), out_weights, out_ids)
+    return _by_op(getattr(ops, name), call, (x, W), out_weights, out_ids)
 
 
 def _by_op(
