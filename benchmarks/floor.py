@@ -1,7 +1,8 @@
-"""The floor under every decode router: the time of a kernel that only reads W once.
+"""The floor under every decode router, and the bandwidth that is the floor under many tokens.
 
-It has no programmatic dependent launch, so what is measured is an upper bound of the floor: a
-kernel that begins to load before its predecessor ends can come in under it.
+Both are the time of a kernel that only reads: W once, or half a GiB. It has no programmatic
+dependent launch, so of W what is measured is an upper bound of the floor: a kernel that begins to
+load before its predecessor ends can come in under it.
 """
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 BLOCKS = (1024, 2048, 4096, 8192)  # words a CTA reads
 WORDS = 16  # a thread reads: four loads of 16 bytes
+STREAMED_BYTES = 2**29  # so long, about 120 us on an H200, that a launch is no part of it
 
 
 @triton.jit
@@ -24,9 +26,15 @@ def read_once(words, sink, count, BLOCK: tl.constexpr):
         tl.store(sink, total)
 
 
-def w_stream_us(Ws: list[Tensor]) -> float:
-    """Microseconds to read one of these W, by the best of a few block sizes."""
-    words = [W.view(torch.int32).flatten() for W in Ws]
+def bandwidth_tb_s() -> float:
+    """The TB/s at which this GPU's memory can be read."""
+    streamed = [torch.randn(STREAMED_BYTES // 4, device="cuda") for _ in range(2)]
+    return STREAMED_BYTES / stream_us(streamed) / 1e6
+
+
+def stream_us(tensors: list[Tensor]) -> float:
+    """Microseconds to read one of these tensors of one size, by the best of a few block sizes."""
+    words = [tensor.view(torch.int32).flatten() for tensor in tensors]
     sink = torch.zeros(1, dtype=torch.int32, device="cuda")
     count = words[0].numel()
 

@@ -11,6 +11,8 @@ from torch import Tensor
 TOP_K, FACTOR = 6, 1.5
 FLASH, PRO = (256, 4096), (384, 7168)  # DeepSeek-V4-Flash and -Pro: (E, K)
 
+HIDDEN_BYTES = 2**30  # of hidden states, at most: 17 times an H200's L2
+
 Call = Callable[[int], Any]  # of the number of a set; a router's returns (weights, ids)
 
 
@@ -33,8 +35,12 @@ def random_weights(E: int, K: int) -> list[Tensor]:
 
 
 def make_problem(Ws: list[Tensor], N: int) -> Problem:
-    """Random hidden states of N tokens, a set for each set of weights."""
+    """Random hidden states of N tokens: a set for each set of weights, or as many as are enough.
+
+    Enough is `HIDDEN_BYTES` of them, which push the weights of a set out of the L2 as well.
+    """
     E, K = Ws[0].shape
+    Ws = Ws[: max(2, HIDDEN_BYTES // (2 * N * K))]
     xs = [torch.randn(N, K, device="cuda").bfloat16() for _ in Ws]
     return Problem(E, K, N, Ws, xs, torch.randn(E, device="cuda") * 0.1)
 

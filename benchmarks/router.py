@@ -1,4 +1,4 @@
-"""The whole router, hidden states to experts, beside its peers and the floor under it.
+"""The whole router, hidden states to experts, beside its peers and the floors under it.
 
     python benchmarks/router.py
     python benchmarks/router.py --shapes 256x4096 --tokens 1 8 64 --json out.json --plot out.png
@@ -6,20 +6,21 @@
 For every shape and number of tokens N: what is timed is first held to the fp64 reference, then
 timed by `timing.graph_us`. A line says what was reached,
 
-    N=8 E=256 K=4096 k=6 bf16 | 2.60 us | 2.1x W-stream | 0.46x best recorded peer (...) | ...
+    N=8 E=256 K=4096 k=6 bf16 | dense_decode | 2.60 us | 6.45 TFLOP/s | 2.1x W-stream | 0.46x best
+    recorded peer (...) | mark 0.8: met | 0.37x cuBLAS GEMM alone | aim 1: met | ...
 
-and a table beside it gives every contender. A peer that is not installed is named as absent.
+and a table beside it gives every contender. A peer that is not installed is named as absent. What
+is timed of this package is `dense_decode` up to 64 tokens, and `route` from there on.
 """
 
 import argparse
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from contest import OURS, contest, made, misrouted, write_report
-from peers import PEERS, RECORDED_ON, best_recorded
+from peers import PEERS, RECORDED_ON
 from problem import (
     FACTOR,
     FLASH,
@@ -31,66 +32,28 @@ from problem import (
     make_problem,
     random_weights,
 )
+from router_plot import plot, title
+from router_result import (
+    COMPILED,
+    CUBLAS,
+    EAGER,
+    FEW_TOKENS,
+    FLOOR,
+    OWN_GATE,
+    PEAK_TFLOP_S,
+    Result,
+    floors,
+    summary,
+    table,
+)
 from timing import environment, graph_us, host_us
 from torch import Tensor
 
-from cute_router import Routing, activation_topk, dense_decode, reference
+from cute_router import Routing, activation_topk, dense_decode, reference, route
+from cute_router.eager import dense_backend
 
-TOKENS = (1, 2, 4, 8, 16, 32, 64)
-EAGER, COMPILED = "eager", "torch.compile"
-CUBLAS, OWN_GATE, FLOOR = "cuBLAS GEMM alone", "cuBLAS + own gate", "W-stream, no PDL"
-RECORDED = "best recorded peer"
-
-
-@dataclass
-class Result:
-    """What was measured at one shape and N, in microseconds."""
-
-    E: int
-    K: int
-    N: int
-    us: dict[str, float] = field(default_factory=dict)
-    absent: dict[str, str] = field(default_factory=dict)  # name -> why
-    chain_us: dict[str, float] = field(default_factory=dict)
-
-    def line(self) -> str:
-        """The result as one line."""
-        ours = self.us[OURS]
-        parts = [f"N={self.N} E={self.E} K={self.K} k={TOP_K} bf16", f"{ours:.2f} us"]
-        if FLOOR in self.us:
-            parts.append(f"{ours / self.us[FLOOR]:.1f}x W-stream")
-        if self.recorded:
-            us, name = self.recorded
-            parts.append(f"{ours / us:.2f}x {RECORDED} ({name} {us:.2f} us)")
-        if EAGER in self.us:
-            parts.append(f"{ours / self.us[EAGER]:.2f}x eager")
-        if self.chain_us:
-            parts.append(f"{self.chain_us['added']:.2f} us added to a chain")
-        return " | ".join(parts)
-
-    @property
-    def times(self) -> dict[str, float]:
-        """What was measured, and the best recorded peer beside it."""
-        return self.us | ({RECORDED: self.recorded[0]} if self.recorded else {})
-
-    @property
-    def recorded(self) -> tuple[float, str] | None:
-        """The best recorded peer, where there is one."""
-        return best_recorded(self.E, self.K, self.N)
-
-    def as_dict(self) -> dict[str, Any]:
-        """The result as JSON."""
-        recorded = self.recorded
-        return {
-            "E": self.E,
-            "K": self.K,
-            "N": self.N,
-            "k": TOP_K,
-            "us": {name: round(us, 3) for name, us in self.us.items()},
-            "absent": self.absent,
-            "chain_us": {name: round(us, 3) for name, us in self.chain_us.items()},
-            "best_recorded_peer": recorded and {"us": recorded[0], "name": recorded[1]},
-        }
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096, 8192, 16384)
+ROWS_CHECKED = 512  # of a call's: a few in every CTA's tile, up to 16,384 tokens and beyond
 
 
 def main() -> int:
@@ -98,20 +61,23 @@ def main() -> int:
     args = parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/router.py needs a CUDA device; there is none")
-    from floor import w_stream_us  # needs Triton, which only comes with CUDA builds of torch
+    # Needs Triton, which only comes with CUDA builds of torch.
+    from floor import bandwidth_tb_s, stream_us
 
     torch.manual_seed(0)
     where = environment(args.commit)
-    print(" | ".join(f"{name} {value}" for name, value in where.items()), end="\n\n")
+    print(" | ".join(f"{name} {value}" for name, value in where.items()))
+    bandwidth = bandwidth_tb_s()
+    print(f"floors: memory read at {bandwidth:.2f} TB/s, {PEAK_TFLOP_S} TFLOP/s bf16", end="\n\n")
 
     results = []
     host: dict[str, dict[str, float]] = {}
     for E, K in args.shapes:
         Ws = random_weights(E, K)
-        floor = w_stream_us(Ws)
+        w_stream = stream_us(Ws)
         for N in args.tokens:
             problem = make_problem(Ws, N)
-            result = measure(problem, floor, compiled=not args.no_compile)
+            result = measure(problem, w_stream, bandwidth, compiled=not args.no_compile)
             if args.chain:
                 result.chain_us = chain(problem)
             results.append(result)
@@ -122,16 +88,18 @@ def main() -> int:
         print()
 
     print(table(results))
+    print(summary(results))
     if args.json:
         write_report(
             args.json,
             where,
             best_recorded_peer=RECORDED_ON,
+            floors={"bandwidth_tb_s": round(bandwidth, 3), "peak_tflop_s": PEAK_TFLOP_S},
             results=[result.as_dict() for result in results],
             host_us=host,
         )
     if args.plot:
-        plot(results, f"{where['gpu']}, {where['date']}", args.plot)
+        plot(results, title(where), args.plot)
     return 0
 
 
@@ -157,16 +125,25 @@ def shape(text: str) -> tuple[int, int]:
 # --- what is measured ---------------------------------------------------------------------------
 
 
-def measure(problem: Problem, floor: float, compiled: bool) -> Result:
+def measure(problem: Problem, w_stream: float, bandwidth: float, compiled: bool) -> Result:
     """Check and time every contender."""
+    E, K, N = problem.E, problem.K, problem.N
     routers, absent = contenders(problem, compiled)
     us, failed = contest(
         routers, lambda _, found, i: disagreement(found, problem, i), len(problem.Ws)
     )
-    result = Result(problem.E, problem.K, problem.N, us, absent | failed)
-    result.us[CUBLAS] = graph_us(lambda i: cublas_logits(problem, i), len(problem.Ws))
-    result.us[FLOOR] = floor
-    return result
+    us[CUBLAS] = graph_us(lambda i: cublas_logits(problem, i), len(problem.Ws))
+    if N <= FEW_TOKENS:
+        us[FLOOR] = w_stream
+    subject = subject_of(problem.xs[0])
+    return Result(E, K, N, subject, us, floors(E, K, N, bandwidth), absent | failed)
+
+
+def subject_of(x: Tensor) -> str:
+    """What `ours` calls for these hidden states, and whose kernel that is."""
+    if x.shape[0] <= FEW_TOKENS:
+        return "dense_decode"
+    return f"route ({dense_backend(x).removeprefix('gemm.')} kernel)"
 
 
 def contenders(problem: Problem, compiled: bool) -> tuple[dict[str, Call], dict[str, str]]:
@@ -176,13 +153,15 @@ def contenders(problem: Problem, compiled: bool) -> tuple[dict[str, Call], dict[
         EAGER: lambda i: eager_router(problem.xs[i], problem.Ws[i], problem.bias),
     }
     absent: dict[str, str] = {}
-    if compiled:
+    if compiled and problem.N <= FEW_TOKENS:
         # A fresh start for each N: dynamo would give up on the function after a few shapes.
         torch.compiler.reset()
         router = torch.compile(eager_router, mode="max-autotune-no-cudagraphs", dynamic=False)
         calls[COMPILED] = lambda i: router(problem.xs[i], problem.Ws[i], problem.bias)
     else:
-        absent[COMPILED] = "left out (--no-compile)"
+        absent[COMPILED] = (
+            f"up to {FEW_TOKENS} tokens only" if compiled else "left out (--no-compile)"
+        )
     calls[OWN_GATE] = cublas_and_own_gate(problem)
     peers, missing = made(PEERS, problem)
     return calls | peers, absent | missing
@@ -208,11 +187,12 @@ def cublas_and_own_gate(problem: Problem) -> Call:
 
 
 def ours(problem: Problem) -> Call:
-    """`dense_decode` into tensors that are already there, as an engine calls it."""
+    """The router into tensors that are already there, as an engine calls it."""
     weights, ids = outputs(problem)
+    router = dense_decode if problem.N <= FEW_TOKENS else route
 
     def call(i: int) -> Routing:
-        return dense_decode(
+        return router(
             problem.xs[i],
             problem.Ws[i],
             problem.bias,
@@ -266,97 +246,24 @@ def host_cost(problem: Problem) -> dict[str, float]:
 
 
 def disagreement(result: tuple[Tensor, Tensor], problem: Problem, i: int) -> str | None:
-    """What is wrong with the routing of set i, or None."""
-    x, W = problem.xs[i], problem.Ws[i]
+    """What is wrong with the routing of set i, or None; of many tokens only some are judged."""
+    weights, ids = result
+    if weights.shape != ids.shape or len(ids) != problem.N:
+        return f"results of shapes {tuple(weights.shape)} and {tuple(ids.shape)}"
+    rows = rows_checked(problem.N).to(ids.device)
+    x, W = problem.xs[i][rows], problem.Ws[i]
     bound = reference.logit_error_bound(x, W)
-    return misrouted(result, reference.logits(x, W), problem.bias, bound)
+    judged = weights[rows], ids[rows]
+    return misrouted(judged, reference.logits(x, W), problem.bias, bound)
 
 
-# --- what is shown ------------------------------------------------------------------------------
+def rows_checked(N: int) -> Tensor:
+    """All N rows, or `ROWS_CHECKED` of them at equal distances, the first and the last among them.
 
-
-def table(results: list[Result]) -> str:
-    """All times, a row for each contender and a column for each N."""
-    lines = []
-    for E, K in dict.fromkeys((r.E, r.K) for r in results):
-        rows = [r for r in results if (r.E, r.K) == (E, K)]
-        lines.append(f"E={E} K={K} k={TOP_K}, us per call")
-        lines.append(f"{'N':28}" + "".join(f"{r.N:>9}" for r in rows))
-        for name in dict.fromkeys(name for r in rows for name in r.times):
-            cells = (f"{r.times[name]:9.2f}" if name in r.times else f"{'-':>9}" for r in rows)
-            lines.append(f"{name:28}" + "".join(cells))
-        for name in dict.fromkeys(name for r in rows for name in r.absent):
-            reasons: dict[str, list[str]] = {}
-            for r in rows:
-                if name in r.absent:
-                    reasons.setdefault(r.absent[name], []).append(str(r.N))
-            for reason, at in reasons.items():
-                where = "" if len(at) == len(rows) else f" at N={','.join(at)}"
-                lines.append(f"{name}: absent{where} ({reason})")
-        lines.append("")
-    return "\n".join(lines)
-
-
-STYLES: dict[str, dict[str, Any]] = {
-    OURS: {"color": "#d1495b", "linewidth": 2.6, "marker": "o", "zorder": 5},
-    RECORDED: {"color": "#30638e", "marker": "s"},
-    CUBLAS: {"color": "#6c9a8b", "marker": "^"},
-    EAGER: {"color": "#8d8d8d", "marker": "D"},
-    COMPILED: {"color": "#b9b9b9", "marker": "v"},
-    FLOOR: {"color": "#222222", "linestyle": (0, (4, 3)), "linewidth": 1.2},
-}
-
-
-def plot(results: list[Result], title: str, path: Path) -> None:
-    """Draw a panel for each shape: time over N, both logarithmic."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
-    shapes = list(dict.fromkeys((r.E, r.K) for r in results))
-    figure, panels = pyplot.subplots(
-        nrows=1,
-        ncols=len(shapes),
-        figsize=(6.2 * len(shapes), 5.2),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for panel, (E, K) in zip(panels[0], shapes, strict=True):
-        rows = sorted((r for r in results if (r.E, r.K) == (E, K)), key=lambda r: r.N)
-        for name, style in STYLES.items():
-            points = [(r.N, r.times[name]) for r in rows if name in r.times]
-            if points:
-                label = f"{name} floor" if name == FLOOR else name
-                panel.plot(*zip(*points, strict=True), label=label, markersize=5, **style)
-        for r in rows:
-            panel.annotate(
-                f"{r.us[OURS]:.1f}",
-                (r.N, r.us[OURS]),
-                xytext=(0, 8),
-                textcoords="offset points",
-                ha="center",
-                fontsize=8,
-                color=STYLES[OURS]["color"],
-            )
-        panel.set_xscale("log", base=2)
-        panel.set_yscale("log", base=2)
-        panel.xaxis.set_major_locator(FixedLocator([r.N for r in rows]))
-        panel.xaxis.set_minor_locator(NullLocator())
-        for axis in (panel.xaxis, panel.yaxis):
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        panel.set_xlabel("tokens N")
-        panel.set_title(f"E={E}, K={K}, top {TOP_K}", loc="left", fontsize=11)
-        panel.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-        panel.set_axisbelow(True)
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[0][0].set_ylabel("microseconds per call")
-    lines, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(lines, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    figure.suptitle(f"MoE router: hidden states to experts  ({title})", x=0.01, ha="left")
-    figure.savefig(path, dpi=150)
+    In whole numbers: a float has not the digits to end at N - 1 with certainty.
+    """
+    count = min(N, ROWS_CHECKED)
+    return torch.arange(count) * (N - 1) // max(count - 1, 1)
 
 
 if __name__ == "__main__":

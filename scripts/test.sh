@@ -6,4 +6,5 @@ need test
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-exec .venv/bin/python -m pytest "$@"
+# Two files at a time: a file compiles its kernels once.
+exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
