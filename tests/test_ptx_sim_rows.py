@@ -1,20 +1,17 @@
 """topk of short rows, simulated from its PTX: a stable descending sort's choice, to the last bit.
 
-The kernel chooses by words that hold the upper bits of a key and an index. So most rows here are
-made of neighbouring numbers, which only the bits that words leave out can tell apart.
+The kernel cuts a row at a threshold, and sorts what is left by words that a score and an index
+share; where that is too much, or words cannot tell, it chooses again. So rows here tie, have many
+entries at the threshold, or are of neighbouring numbers, by themselves or beside a large one.
 """
-
-import re
 
 import pytest
 import torch
-from ptx_sim.errors import Misuse
 from ptx_sim.launch import ptx_of
 from ptx_sim.launch_rows import simulate_rows
 from torch import Tensor
 
 from cute_router.topk.config import RowsConfig
-from cute_router.topk.lanes import Lanes
 
 ORDERS = ["eager", "lazy", "random0", "random1"]
 BITS = {"float32": torch.int32, "float16": torch.int16, "bfloat16": torch.int16}
@@ -66,11 +63,10 @@ def name_of(c: RowsConfig) -> str:
 def rows_of(config: RowsConfig) -> Tensor:
     """Scores (R, L), a row of each kind; between rows is NaN, which no row may see."""
     c, L, k = config, config.length, config.top_k
-    lay = Lanes(L, k, c.lanes, c.run, exact=False)
     bits, one, infinity = BITS[c.dtype], ONE[c.dtype], INFINITY[c.dtype]
     generator = torch.Generator().manual_seed(1000 * L + k)
-    # How far apart are numbers whose words have the same part of a key.
-    apart = lay.low + 1 if c.dtype == "float32" else 16
+    apart = 4 * L if c.dtype == "float32" else 16
+    huge = one + (infinity - one) // 2
 
     def whole(high: int, n: int = L) -> Tensor:
         """Whole numbers from 0 up to `high`."""
@@ -103,6 +99,12 @@ def rows_of(config: RowsConfig) -> Tensor:
         best(min(k + 1, L), below, torch.cat([edge, one + apart + whole(2, k - 1)])),
         best(min(k + 1, L), below, torch.cat([edge.flip(0), one + apart + whole(2, k - 1)])),
         best(2 * k, below, one + whole(2)),
+        best(min(L, 2 * k + 9), below, one + whole(1)),  # about as many as a list holds
+        best(min(L, 2 * k + 9), below, one + whole(4 * apart)),
+        best(1, one + whole(3), zeros + huge),  # beside a huge entry the others are alike
+        best(1, minus + one + whole(3), zeros + huge),
+        best(k // 2 + 1, one + whole(apart), huge - position),
+        best(k + 1, minus + huge - whole(3), one + 3 * position),
         torch.where(one_lane, one + whole(3), below),  # the best are all one lane's
         torch.where(one_lane, one + position % apart, one + apart),
         torch.where(one_lane, one, below),
@@ -196,13 +198,49 @@ def test_any_length_up_to_beyond_k(length):
     assert_rows(config, scores, torch.full((len(scores),), length, dtype=torch.int32))
 
 
-def test_a_wait_for_too_few_copies_shows():
-    config = CONFIGS[20]  # of 16 bits: nothing that was read too early is in doubt, and read again
-    scores, ptx = rows_of(config), ptx_of(config)
-    first, last = re.findall(r"cp\.async\.wait_group\s+\d+;", ptx)
-    early, never = ptx.replace(first, first.replace("1", "2")), ptx.replace(last, "")
-    assert_rows(config, scores, ptx=early)  # copies that land at once need no wait
-    with pytest.raises(AssertionError, match="rows are wrong"):
-        assert_rows(config, scores, ptx=early, policy="lazy")
-    with pytest.raises(Misuse, match=r"a cp\.async of CTA .* lands after .* has exited"):
-        assert_rows(config, scores, ptx=never, policy="lazy")
+def common_rows(config: RowsConfig) -> Tensor:
+    """Scores (R, L) as routers have them, four rows of a kind."""
+    L, dtype = config.length, getattr(torch, config.dtype)
+    generator = torch.Generator().manual_seed(L)
+    normal = torch.randn(4, L, generator=generator)
+    gone = torch.rand(4, L, generator=generator) < 0.5
+    rising = torch.arange(float(L)).expand(4, L)
+    kinds = [
+        normal,
+        normal.abs().neg() - 1,
+        normal.sigmoid(),
+        (4 * normal).softmax(-1),
+        normal.log_softmax(-1),
+        normal.bfloat16().float(),  # ties
+        normal.masked_fill(gone, -torch.inf),
+        rising,
+        -rising,
+    ]
+    return torch.cat(kinds).to(dtype)
+
+
+def without_second_choice(config: RowsConfig) -> str:
+    """The kernel's PTX, made such that a row that is chosen again comes out wrong."""
+    ptx = ptx_of(config)
+    assert "redux.sync.max" in ptx, "only used there"
+    return ptx.replace("redux.sync.max", "redux.sync.min")
+
+
+COMMON = [c for c in CONFIGS if c.lengths is None and 8 * c.top_k <= c.length]
+
+
+@pytest.mark.parametrize("config", COMMON, ids=name_of)
+def test_common_rows_are_not_chosen_again(config):
+    assert_rows(config, common_rows(config), ptx=without_second_choice(config))
+
+
+@pytest.mark.parametrize("config", [CONFIGS[1], CONFIGS[2], CONFIGS[18]], ids=name_of)
+def test_rows_in_doubt_are_chosen_again(config):
+    tied = torch.arange(config.length) % 2.0
+    with_nan = torch.arange(float(config.length))
+    with_nan[3] = torch.nan
+    for row in (tied, with_nan):
+        scores = row.to(getattr(torch, config.dtype))[None]
+        assert_rows(config, scores)
+        with pytest.raises(AssertionError, match="1 of 1 rows are wrong"):
+            assert_rows(config, scores, ptx=without_second_choice(config))

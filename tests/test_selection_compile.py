@@ -13,7 +13,7 @@ from ptx_sim import launch_gate, launch_rows
 from test_kernels_compile import build, over, uses_local_memory
 
 from cute_router.spec import MAX_EXPERTS, RouterSpec
-from cute_router.topk.config import GateConfig, RowsConfig, dependent_launch
+from cute_router.topk.config import BLOCK, GateConfig, RowsConfig, dependent_launch
 from cute_router.topk.hash_config import HashConfig, HashGateConfig, HashLogitsConfig
 
 __all__ = ["build"]  # the fixture
@@ -56,6 +56,7 @@ ROWS = {
     ): f"{arch}-rows-L{L}-k{k}-{dtype}-{lanes}"
     for arches, L, k, dtype, lanes, vector, lengths in (
         (ARCHES, 256, 6, "float32", 8, True, None),
+        (ARCHES, 384, 8, "float32", 8, True, None),
         (ARCHES, 1024, 8, "float32", 32, True, None),
         (ARCHES, 128, 8, "bfloat16", 4, True, "int64"),
         (("sm_80",), 1023, 16, "float16", 8, False, "int32"),
@@ -68,6 +69,7 @@ GATE = {
     GateConfig(spec, arch, dtype, lanes=lanes, pdl=dependent_launch(arch)): f"{arch}-gate-{name}"
     for arches, name, spec, dtype, lanes in (
         (ARCHES, "E256-32", RouterSpec(256, 64), "float32", 32),
+        (ARCHES, "E384-16", RouterSpec(384, 64), "float32", 16),
         (ARCHES, "E256-8", RouterSpec(256, 64, 8, "sigmoid"), "bfloat16", 8),
         (ARCHES, "groups", RouterSpec(256, 64, 8, "softmax", n_group=8, topk_group=4), *FP32),
         (("sm_80",), "E128-4", RouterSpec(128, 64, has_bias=False), "float16", 4),
@@ -114,11 +116,17 @@ def test_rows_are_loaded_16_bytes_at_a_time(build):
     assert sum(width != 128 for width in widths) == 2, "a token id and a table entry"
 
 
-@over(ROWS | GATE)
+@over(GATE)
 def test_copies_are_asynchronous_where_rows_are_whole_runs(build):
     c = build.config
-    by_words = isinstance(c, RowsConfig) or c.by_words
-    assert ("cp.async.cg.shared.global" in build.ptx) == (c.vector and by_words)
+    assert ("cp.async.cg.shared.global" in build.ptx) == (c.vector and c.by_words)
+
+
+@over(ROWS)
+def test_scores_are_loaded_16_bytes_at_a_time_where_rows_are_whole_runs(build):
+    c = build.config
+    wide = len(re.findall(r"ld\.global\.v4\.b32", build.ptx))
+    assert wide == (-(-c.length // (c.lanes * BLOCK)) * BLOCK // c.run if c.vector else 0)
 
 
 @over(ROWS | GATE)

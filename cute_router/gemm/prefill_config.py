@@ -129,7 +129,7 @@ class PrefillConfig:
         """How a token's logits lie on the lanes that choose."""
         from cute_router.topk.lanes import Lanes  # which brings the compiler
 
-        return Lanes(self.spec.num_experts, self.spec.top_k, self.lanes, run=4, exact=False)
+        return Lanes(self.spec.num_experts, self.spec.top_k, self.lanes, run=4)
 
     @property
     def padded(self) -> int:

@@ -10,6 +10,7 @@ WARP = 32
 BLOCK = 8  # entries that a lane takes at once
 MAX_ROW = 1024  # entries of a row that a few lanes hold in registers
 MAX_ROW_TOP_K = 32
+MAX_ENTRIES = 48  # of a row, that a lane holds in registers
 
 
 def dsl_type(name: str) -> Any:
@@ -36,7 +37,7 @@ def row_shape(rows: int, length: int) -> tuple[int, int]:
     L = 256 and 384: docs/perf_log.md.)
     """
     lanes = 32 if rows <= 2048 else 8
-    return at_most(lanes, length), 1 if rows <= 16384 else 4
+    return fitted(lanes, length), 1 if rows <= 16384 else 4
 
 
 def gate_shape(rows: int, length: int) -> tuple[int, int]:
@@ -54,6 +55,14 @@ def at_most(lanes: int, length: int) -> int:
     """So many lanes, or fewer where some would have no entry."""
     while lanes > 4 and lanes * BLOCK >= 2 * length:
         lanes //= 2
+    return lanes
+
+
+def fitted(lanes: int, length: int) -> int:
+    """`at_most` so many lanes, but more where one would have more entries than it has room for."""
+    lanes = at_most(lanes, length)
+    while lanes * MAX_ENTRIES < length:
+        lanes *= 2
     return lanes
 
 

@@ -37,7 +37,7 @@ class GateKernel:
     def __init__(self, config: GateConfig):
         self.cfg = config
         spec = config.spec
-        self.lay = Lanes(spec.num_experts, spec.top_k, config.lanes, config.run, exact=False)
+        self.lay = Lanes(spec.num_experts, spec.top_k, config.lanes, config.run)
         self.words = ByWords(spec, self.lay)
         self.tokens = WARP // config.lanes  # of a warp
         self.padded = -(-spec.num_experts // WARP) * WARP

@@ -11,8 +11,6 @@ that had to make room for the index. That is looked for afterwards, and put righ
 
     among the chosen           `places` ranks them by their whole keys
     between chosen and others  `Pick.doubtful`: the row is chosen again in another way
-
-Keys of 16-bit floats have no such bits.
 """
 
 from collections.abc import Callable
@@ -23,6 +21,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Int32, Uint32
 
 from cute_router.topk.config import BLOCK
+from cute_router.topk.layout import Layout
 from cute_router.topk.network import best_half, less, sort
 
 
@@ -33,38 +32,16 @@ class Pick(NamedTuple):
     doubtful: Boolean  # whether the k-th may be no better than one that was left out
 
 
-class Lanes:
-    """How a row of `length` entries lies on `lanes` lanes, a power of two.
+class Lanes(Layout):
+    """The choice from a row of `length` entries."""
 
-    run:   neighbouring entries of a lane, a power of two up to 8; the next ones are another lane's.
-    exact: whether words have room for all bits of a key that can differ.
-    """
-
-    def __init__(self, length: int, top_k: int, lanes: int, run: int, exact: bool):
-        self.length = length
+    def __init__(self, length: int, top_k: int, lanes: int, run: int):
         self.top_k = top_k
-        self.lanes = lanes
-        self.run = run
-        self.exact = exact
         self.width = max(BLOCK, 1 << (top_k - 1).bit_length())  # W
         per_sort = self.width // BLOCK
-        self.blocks = -(-length // (BLOCK * lanes * per_sort)) * per_sort  # of a lane
-        self.room = self.blocks * BLOCK * lanes  # entries, those that pad the row included
+        super().__init__(length, lanes, run, -(-length // (BLOCK * lanes * per_sort)) * per_sort)
         self.low = (1 << (self.room - 1).bit_length()) - 1  # the index's bits of a word
         self.slots = -(-top_k // lanes)  # places of the result that a lane writes
-
-    def first(self, block: int, part: int, lane: Int32) -> Int32:
-        """The first entry of a run: one of the BLOCK / run parts of a lane's block."""
-        return lane * self.run + self.offset(block, part * self.run)
-
-    def offset(self, block: int, i: int) -> int:
-        """Where a block's entry i is, but for the lane."""
-        part, rest = divmod(block * BLOCK + i, self.run)
-        return part * self.run * self.lanes + rest
-
-    def whole(self, block: int) -> bool:
-        """Whether the row has every lane's entries of this block."""
-        return (block + 1) * BLOCK * self.lanes <= self.length
 
     def pick(self, keys: Callable[[int], list[Uint32]], lane: Int32) -> Pick:
         """The best words of a row. `keys(block)` are those of this lane's entries.
@@ -86,9 +63,7 @@ class Lanes:
             theirs = [cute.arch.shuffle_sync_bfly(word, offset=distance) for word in best]
             best = best_half(best, theirs)
             distance *= 2
-        if self.exact:
-            doubtful = Boolean(False)
-        elif self.top_k < self.width:
+        if self.top_k < self.width:
             doubtful = self.alike(best[self.top_k - 1], best[self.top_k])
         else:
             doubtful = self.crowded(ours, best[-1])
@@ -137,7 +112,7 @@ class Lanes:
         """
         for slot in cutlass.range_constexpr(self.slots):
             rPlaces[slot] = lane + slot * self.lanes
-        if cutlass.const_expr(not self.exact and self.top_k > 1):
+        if cutlass.const_expr(self.top_k > 1):
             closest = words[0] ^ words[1]
             for i in cutlass.range_constexpr(1, self.top_k - 1):
                 closest = less(closest, words[i] ^ words[i + 1])

@@ -1,16 +1,20 @@
-"""Sorting networks over words in a thread's registers: no branch, no index known only at run time.
+"""Sorting networks over values in a thread's registers: no branch, no index of run time.
 
     sort        a list, best first (Batcher's odd-even merge sort)
     best_half   of two sorted lists of W words the W best, sorted: W maxima leave a bitonic
                 sequence, which log2(W) half-cleaners sort
 
-Lists are Python lists of Uint32, worked on while the kernel is traced.
+Lists are Python lists of Uint32 or Float32, worked on while the kernel is traced. What is never
+looked at of a sorted list costs nothing: the compiler drops it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import cutlass.cute as cute
-from cutlass import Uint32
+from cutlass import Float32, Uint32
+
+Order = tuple[Callable[[Any, Any], Any], Callable[[Any, Any], Any]]  # the greater, the lesser
 
 
 @cute.jit
@@ -29,12 +33,32 @@ def less(a: Uint32, b: Uint32) -> Uint32:
     )
 
 
-def sort(words: list[Uint32]) -> list[Uint32]:
-    """`words`, as many as a power of two, in descending order."""
-    words = list(words)
-    for i, j in _odd_even_pairs(len(words)):
-        words[i], words[j] = greater(words[i], words[j]), less(words[i], words[j])
-    return words
+@cute.jit
+def larger(a: Float32, b: Float32) -> Float32:
+    """The larger of two numbers, or the number beside a NaN."""
+    return cute.arch.inline_ptx(
+        "max.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b]
+    )
+
+
+@cute.jit
+def smaller(a: Float32, b: Float32) -> Float32:
+    """The smaller of two numbers, or the number beside a NaN."""
+    return cute.arch.inline_ptx(
+        "min.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b]
+    )
+
+
+WORDS: Order = (greater, less)
+NUMBERS: Order = (larger, smaller)
+
+
+def sort(values: list[Any], order: Order = WORDS) -> list[Any]:
+    """`values`, as many as a power of two, in descending order."""
+    values, (most, least) = list(values), order
+    for i, j in _odd_even_pairs(len(values)):
+        values[i], values[j] = most(values[i], values[j]), least(values[i], values[j])
+    return values
 
 
 def best_half(ours: list[Uint32], theirs: list[Uint32]) -> list[Uint32]:

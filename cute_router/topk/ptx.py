@@ -1,7 +1,10 @@
-"""PTX of the selection kernels that the DSL has no word for, each instruction named once."""
+"""PTX of the selection kernels that the DSL has no word for, each instruction named once.
+
+For `shf` it has one, whose halves are the other way round than its own description says (4.8.1).
+"""
 
 import cutlass.cute as cute
-from cutlass import Int32, Uint64
+from cutlass import Int32, Uint32, Uint64
 
 
 @cute.jit
@@ -20,6 +23,16 @@ def opaque(word: Int32) -> Int32:
     """The same word, of which the compiler knows nothing: no instruction in the end."""
     return cute.arch.inline_ptx(
         "mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[word]
+    )
+
+
+@cute.jit
+def shift_in(bits: Uint32, word: Uint32) -> Uint32:
+    """`bits` shifted up by one, to take in the top bit of `word`."""
+    return cute.arch.inline_ptx(
+        "shf.l.wrap.b32 {$w0}, {$r0}, {$r1}, 1;",
+        write_only_types=[Uint32],
+        read_only_args=[word, bits],
     )
 
 

@@ -1,9 +1,9 @@
 """topk of short rows: the k best entries of each row of scores, a few lanes of a warp to a row.
 
-    scores -> shared memory -> keys, NaN first -> `Lanes.pick` -> the chosen entries' own bits
+    scores -> registers -> `Sieve.pick` -> the chosen entries' own bits, and their indices
 
-The grid is rows / (warps * rows of a warp). A row whose words leave the choice in doubt is chosen
-again by its whole warp, in rounds over whole keys.
+The grid is rows / (warps * rows of a warp). A row left in doubt is chosen again by its whole warp,
+in rounds over whole keys, NaN first: each round takes all entries that have the best key.
 """
 
 from typing import Any
@@ -11,15 +11,13 @@ from typing import Any
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, Int64, Uint32
+from cutlass import Float32, Int32, Int64, Uint32
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from cutlass.memory import SmemAllocator
 
-from cute_router.topk.config import WARP, RowsConfig, dsl_type
+from cute_router.topk.config import BLOCK, WARP, RowsConfig, dsl_type
 from cute_router.topk.key import REMOVED, key
-from cute_router.topk.lanes import Lanes
-from cute_router.topk.rounds import take_best
-from cute_router.topk.staging import arrived, read, stage
+from cute_router.topk.sieve import Sieve
 
 
 class RowsKernel:
@@ -27,8 +25,8 @@ class RowsKernel:
 
     def __init__(self, config: RowsConfig):
         self.cfg = config
-        exact = config.dtype != "float32"
-        self.lay = Lanes(config.length, config.top_k, config.lanes, config.run, exact)
+        ragged = config.lengths is not None
+        self.lay = Sieve(config.length, config.top_k, config.lanes, config.run, ragged)
         self.rows = WARP // config.lanes  # of a warp
 
     @cute.jit
@@ -48,6 +46,7 @@ class RowsKernel:
             block=[WARP * warps, 1, 1],
             stream=stream,
             use_pdl=self.cfg.overlaps,
+            min_blocks_per_mp=1,
         )
 
     @cute.kernel
@@ -65,32 +64,35 @@ class RowsKernel:
         first = (cute.arch.block_idx()[0] * c.warps + warp) * self.rows
         row = first + cute.arch.lane_idx() // c.lanes
         last = cute.size(mValues, mode=[0]) - 1
-        layout = cute.make_layout((lay.room, self.rows, c.warps))
-        sRows = SmemAllocator().allocate_tensor(mScores.element_type, layout, 16)[None, None, warp]
-        sRow = sRows[None, row - first]
+        layout = cute.make_layout((lay.capacity, self.rows, c.warps))
+        sLists = SmemAllocator().allocate_tensor(Int32, layout, 16)[None, None, warp]
         if cutlass.const_expr(c.overlaps):
             cute.arch.griddepcontrol_launch_dependents()
             cute.arch.griddepcontrol_wait()
 
         source = cutlass.min(row, last)  # lanes without a row take the last, and do not store it
-        stage(mScores[source, None], sRow, lay, lane, c.vector)
-        n = self.length_of(mLengths, source)
-
-        def keys(block):
-            arrived(block, lay, c.vector)
-            return self.keys(read(sRow, lay, block, lane), n, block, lane)
-
-        pick = lay.pick(keys, lane)
-        cute.arch.sync_warp()  # the entries of all lanes are staged
-        settled = row <= last and not pick.doubtful
-        self.store(pick.words, sRow, mValues, mIndices, row, lane, settled)
-        if cutlass.const_expr(not lay.exact):
-            doubts = cute.arch.vote_ballot_sync(pick.doubtful and row <= last and lane == 0)
-            while doubts != 0:
-                i = cute.arch.popc((doubts & -doubts) - 1) // c.lanes
-                n = self.length_of(mLengths, first + i)
-                self.choose_again(sRows[None, i], n, mValues, mIndices, first + i)
-                doubts = doubts & (doubts - 1)
+        gRow = mScores[source, None]
+        rScores = self.load(gRow, self.length_of(mLengths, source), lane)
+        choice = lay.pick(
+            rScores, lambda index: gRow[index].to(Float32), sLists[None, row - first], lane
+        )
+        for slot in cutlass.range_constexpr(lay.slots):
+            place = lane + slot * c.lanes
+            if row <= last and place < c.top_k:
+                mValues[row, place] = gRow[choice.indices[slot]]
+                mIndices[row, place] = mIndices.element_type(choice.indices[slot])
+        doubts = cute.arch.vote_ballot_sync(choice.doubtful and row <= last)
+        if doubts != 0:
+            cute.arch.sync_warp()  # what was stored of these rows goes first
+            for i in cutlass.range(self.rows):
+                if (doubts >> Uint32(i * c.lanes)) & Uint32(2**c.lanes - 1) != 0:
+                    n = self.length_of(mLengths, first + i)
+                    self.choose_again(
+                        mScores[first + i, None],
+                        n,
+                        mValues[first + i, None],
+                        mIndices[first + i, None],
+                    )
 
     @cute.jit
     def length_of(self, mLengths: Any, row: Int32) -> Int32:
@@ -100,68 +102,61 @@ class RowsKernel:
             n = Int32(cutlass.max(cutlass.min(Int64(mLengths[row]), Int64(n)), Int64(0)))
         return n
 
-    def keys(self, rScores: cute.Tensor, n: Int32, block: int, lane: Int32) -> list[Uint32]:
-        """The keys of a lane's block; of entries that the row does not have, REMOVED."""
-        words = [key(rScores[i].to(Float32), "first") for i in range(cute.size(rScores))]
-        if self.lay.whole(block) and self.cfg.lengths is None:
-            return words
-        base = lane * self.lay.run
-        return [
-            cutlass.select_(base + self.lay.offset(block, i) < n, word, Uint32(REMOVED))
-            for i, word in enumerate(words)
-        ]
-
     @cute.jit
-    def store(
-        self,
-        words: list[Uint32],
-        sRow: cute.Tensor,
-        mValues: cute.Tensor,
-        mIndices: cute.Tensor,
-        row: Int32,
-        lane: Int32,
-        settled: Boolean,
-    ) -> None:
-        """Write the chosen scores, with all their bits, and their indices."""
+    def load(self, gRow: cute.Tensor, n: Int32, lane: Int32) -> cute.Tensor:
+        """This lane's entries of a row, all on their way at once; -inf for those past the n-th."""
         c, lay = self.cfg, self.lay
-        rKeys = cute.make_rmem_tensor(lay.slots, Uint32)
-        rPlaces = cute.make_rmem_tensor(lay.slots, Int32)
-        rIndices = cute.make_rmem_tensor(lay.slots, Int32)
-        rValues = cute.make_rmem_tensor(lay.slots, mValues.element_type)
-        for slot in cutlass.range_constexpr(lay.slots):
-            word = lay.mine(words, slot, lane)
-            real = word > Uint32(lay.low)
-            rIndices[slot] = cutlass.select_(real, lay.index(word), Int32(0))
-            rValues[slot] = sRow[rIndices[slot]]
-            whole = key(rValues[slot].to(Float32), "first")
-            rKeys[slot] = cutlass.select_(real, whole, Uint32(REMOVED))
-        lay.places(words, rKeys, lane, rPlaces)
-        for slot in cutlass.range_constexpr(lay.slots):
-            if settled and lane + slot * c.lanes < c.top_k:
-                real = rKeys[slot] != Uint32(REMOVED)
-                missing = mValues.element_type(-float("inf"))
-                mValues[row, rPlaces[slot]] = rValues[slot] if real else missing
-                index = cutlass.select_(real, rIndices[slot], Int32(-1))
-                mIndices[row, rPlaces[slot]] = mIndices.element_type(index)
+        rRaw = cute.make_rmem_tensor(lay.entries, gRow.element_type)
+        for part in cutlass.range_constexpr(lay.entries // lay.run):
+            first = lay.first(0, part, lane)
+            if cutlass.const_expr(c.vector):
+                if cutlass.const_expr(not lay.whole(part * lay.run // BLOCK)):
+                    first = cutlass.min(first, c.length - lay.run)
+                run = cute.make_layout(lay.run)
+                gRun = cute.make_tensor(gRow.iterator + cute.assume(first, divby=lay.run), run)
+                cute.make_tensor(rRaw.iterator + part * lay.run, run).store(gRun.load())
+            else:
+                for i in cutlass.range_constexpr(lay.run):
+                    rRaw[part * lay.run + i] = gRow[cutlass.min(first + i, c.length - 1)]
+        rScores = cute.make_rmem_tensor(lay.entries, Float32)
+        for e in cutlass.range_constexpr(lay.entries):
+            x = rRaw[e].to(Float32)
+            if cutlass.const_expr(c.lengths is not None or not lay.whole(e // BLOCK)):
+                x = cutlass.select_(lane * lay.run + lay.offset(0, e) < n, x, -Float32.inf)
+            rScores[e] = x
+        return rScores
 
     @cute.jit
     def choose_again(
-        self, sRow: cute.Tensor, n: Int32, mValues: cute.Tensor, mIndices: cute.Tensor, row: Int32
+        self, gRow: cute.Tensor, n: Int32, gValues: cute.Tensor, gIndices: cute.Tensor
     ) -> None:
-        """Choose a row by its whole keys. One warp calls; the row has k entries or more."""
-        c, lane = self.cfg, cute.arch.lane_idx()
-        rKeys = cute.make_rmem_tensor((c.length + WARP - 1) // WARP, Uint32)
+        """Choose a row by its whole keys. One warp calls."""
+        k, lane = self.cfg.top_k, cute.arch.lane_idx()
+        ahead = (Uint32(1) << Uint32(lane)) - Uint32(1)  # the lanes before this one
+        rKeys = cute.make_rmem_tensor((self.cfg.length + WARP - 1) // WARP, Uint32)
         for i in cutlass.range_constexpr(cute.size(rKeys)):
-            entry = lane + i * WARP
+            index = lane + i * WARP
             rKeys[i] = Uint32(REMOVED)
-            if entry < n:
-                rKeys[i] = key(sRow[entry].to(Float32), "first")
-        mine = Int32(0)
-        for place in cutlass.range(c.top_k):
-            mine = cutlass.select_(lane == place, take_best(rKeys, lane), mine)
-        if lane < c.top_k:
-            mValues[row, lane] = sRow[mine]
-            mIndices[row, lane] = mIndices.element_type(mine)
+            if index < n:
+                rKeys[i] = key(gRow[index].to(Float32), "first")
+        taken = Int32(0)
+        while taken < cutlass.min(n, k):
+            best = rKeys[0]
+            for i in cutlass.range_constexpr(1, cute.size(rKeys)):
+                best = cutlass.max(best, rKeys[i])
+            best = cute.arch.warp_redux_sync(best, kind="umax")
+            for i in cutlass.range_constexpr(cute.size(rKeys)):
+                alike = rKeys[i] == best
+                lanes = cute.arch.vote_ballot_sync(alike)
+                place = taken + Int32(cute.arch.popc(lanes & ahead))
+                if alike and place < k:
+                    gValues[place] = gRow[lane + i * WARP]
+                    gIndices[place] = gIndices.element_type(lane + i * WARP)
+                rKeys[i] = cutlass.select_(alike, Uint32(REMOVED), rKeys[i])
+                taken = taken + Int32(cute.arch.popc(lanes))
+        if n <= lane and lane < k:
+            gValues[lane] = gValues.element_type(-float("inf"))
+            gIndices[lane] = gIndices.element_type(-1)
 
 
 def trace(config: RowsConfig) -> tuple[RowsKernel, tuple[Any, ...]]:

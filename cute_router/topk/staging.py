@@ -9,7 +9,7 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 from cute_router.topk.config import BLOCK
-from cute_router.topk.lanes import Lanes
+from cute_router.topk.layout import Layout
 
 VECTOR_BYTES = 16
 FLIGHT = 4  # blocks of a group
@@ -25,7 +25,9 @@ def copy_run(shared: cute.Pointer, source: cute.Pointer, size: Int32) -> None:
 
 
 @cute.jit
-def stage(gRow: cute.Tensor, sRow: cute.Tensor, lay: Lanes, lane: Int32, vector: cutlass.Constexpr):
+def stage(
+    gRow: cute.Tensor, sRow: cute.Tensor, lay: Layout, lane: Int32, vector: cutlass.Constexpr
+) -> None:
     """Begin to copy this lane's part of a row; `arrived` tells when it is there.
 
     vector: the row starts at a multiple of 16 bytes and is whole runs.
@@ -46,7 +48,7 @@ def stage(gRow: cute.Tensor, sRow: cute.Tensor, lay: Lanes, lane: Int32, vector:
             cute.arch.cp_async_commit_group()
 
 
-def arrived(block: int, lay: Lanes, vector: bool) -> None:
+def arrived(block: int, lay: Layout, vector: bool) -> None:
     """Wait until this lane's `block`, and those before it, are staged."""
     if vector and block % FLIGHT == 0:
         groups = -(-lay.blocks // FLIGHT)
@@ -54,7 +56,7 @@ def arrived(block: int, lay: Lanes, vector: bool) -> None:
 
 
 @cute.jit
-def read(sRow: cute.Tensor, lay: Lanes, block: cutlass.Constexpr, lane: Int32) -> cute.Tensor:
+def read(sRow: cute.Tensor, lay: Layout, block: cutlass.Constexpr, lane: Int32) -> cute.Tensor:
     """This lane's entries of a block, out of shared memory."""
     rBlock = cute.make_rmem_tensor(BLOCK, sRow.element_type)
     for part in cutlass.range_constexpr(BLOCK // lay.run):

@@ -107,6 +107,12 @@ def leading_zeros(a: np.ndarray) -> np.ndarray:
     return np.array([32 - int(v).bit_length() for v in a], np.uint32)
 
 
+def funnel(low: np.ndarray, upper: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """shf.l.wrap.b32: the upper word of both, shifted left."""
+    wide = (upper.astype(np.uint64) << np.uint64(32)) | low
+    return (wide << (count & np.uint32(31)).astype(np.uint64) >> np.uint64(32)).astype(np.uint32)
+
+
 def quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """a / b of 32-bit integers, rounded towards zero; 0 for b = 0, of which PTX says nothing."""
     safe = np.where(b == 0, 1, b)

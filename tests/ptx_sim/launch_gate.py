@@ -56,7 +56,7 @@ def simulate_gate(
 def shared_bytes(config: GateConfig) -> int:
     """What the kernel allocates: the bias, then its warps' logits, or their experts' keys."""
     c, E = config, config.spec.num_experts
-    room = Lanes(E, c.spec.top_k, c.lanes, c.run, exact=False).room
+    room = Lanes(E, c.spec.top_k, c.lanes, c.run).room
     bias = 4 * room * (2 if c.extras.second_bias else c.spec.has_bias)
     keys = 4 * ceil_div(E, WARP) * WARP
     of_warp = room * (WARP // c.lanes) * (16 // c.run) if c.by_words else keys

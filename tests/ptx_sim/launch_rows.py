@@ -6,7 +6,7 @@ from torch import Tensor
 
 from cute_router.gemm.config import ceil_div
 from cute_router.topk.config import WARP, RowsConfig
-from cute_router.topk.lanes import Lanes
+from cute_router.topk.sieve import Sieve
 from ptx_sim.engine import policy_of
 from ptx_sim.launch import matrix_param, ptx_of, tensor_param, words_of
 from ptx_sim.machine import Machine
@@ -61,7 +61,7 @@ def simulate_rows(
 
 
 def shared_bytes(config: RowsConfig) -> int:
-    """What the kernel allocates: the rows of its warps."""
+    """What the kernel allocates: the lists of its warps' rows."""
     c = config
-    lay = Lanes(c.length, c.top_k, c.lanes, c.run, exact=c.dtype != "float32")
-    return lay.room * (WARP // c.lanes) * c.warps * (16 // c.run)
+    lay = Sieve(c.length, c.top_k, c.lanes, c.run, ragged=c.lengths is not None)
+    return lay.capacity * (WARP // c.lanes) * c.warps * 4

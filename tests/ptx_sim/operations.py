@@ -333,6 +333,9 @@ class Emitter:
         if name == "mad":
             a, b, c = (self.value(item, kind) for item in inputs)
             return kind, f"{a} * {b} + {c}"
+        if name == "shf" and parts[1:3] == ["l", "wrap"]:
+            a, b, c = (self.value(item, "u4") for item in inputs)
+            return kind, f"lanes.funnel({a}, {b}, {c})"
         if name == "lop3":
             a, b, c = (self.value(item, kind) for item in inputs[:3])
             return kind, f"lanes.lop3({a}, {b}, {c}, {inputs[3].value})"
@@ -347,6 +350,7 @@ class Emitter:
         values = [self.value(item, kind) for item in inputs]
         forms = {"min": "np.minimum({}, {})", "max": "np.maximum({}, {})", "neg": "-{}"}
         forms |= {"not": "~{}", "abs": "np.abs({})", "clz": "lanes.leading_zeros({})"}
+        forms["bfind"] = "np.uint32(31) - lanes.leading_zeros({})"
         forms["popc"] = "np.bitwise_count({}).astype('u4')"
         if name == "div":
             return kind, f"lanes.quotient({values[0]}, {values[1]})"
