@@ -18,7 +18,7 @@ from cute_router.gemm.config import MAX_SMEM
 from cute_router.gemm.config import can_implement as can_implement_decode
 from cute_router.gemm.prefill_config import can_implement as can_implement_prefill
 from cute_router.heuristics import decode_config
-from cute_router.prefill_heuristics import prefill_config
+from cute_router.prefill_heuristics import prefill_config, with_extras
 from cute_router.spec import HIDDEN_MULTIPLE, MAX_EXPERTS, RouterSpec
 from cute_router.topk.config import GateConfig
 from cute_router.topk.hash_config import HashConfig, HashGateConfig, HashLogitsConfig
@@ -54,10 +54,10 @@ def products() -> dict[Any, str]:
             for spec in (FLASH, V3, ODD):
                 name = f"{arch}-{form}-E{spec.num_experts}-{spec.scoring}"
                 found[decode_config(spec, 8, arch, extras=extras)] = f"decode-{name}"
-                found[prefill_config(spec, 4096, arch, extras=extras)] = f"prefill-{name}"
+                found[with_extras(prefill_config(spec, 4096, arch), extras)] = f"prefill-{name}"
         for N in (1, 64):
             found[decode_config(PRO, N, arch, extras=EVERY)] = f"decode-{arch}-every-E384-N{N}"
-        found[prefill_config(PRO, 4096, arch, extras=EVERY)] = f"prefill-{arch}-every-E384"
+        found[with_extras(prefill_config(PRO, 4096, arch), EVERY)] = f"prefill-{arch}-every-E384"
     return found
 
 
@@ -142,6 +142,6 @@ def test_a_second_bias_leaves_every_router_a_configuration(arch):
             for scoring in ("sigmoid", "softmax"):
                 spec = RouterSpec(E, 7168, k, scoring)
                 for N in (65, 8192):
-                    can_implement_prefill(prefill_config(spec, N, arch, extras=EVERY))
+                    can_implement_prefill(with_extras(prefill_config(spec, N, arch), EVERY))
                 for N in (1, 8, 64):
                     can_implement_decode(decode_config(spec, N, arch, extras=EVERY))

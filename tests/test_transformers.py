@@ -281,7 +281,7 @@ def test_a_router_of_v3_may_leave_its_weights_as_they_are():
 
 def test_kernels_wait_for_whoever_writes_the_tensors_of_the_model(monkeypatch):
     calls = []
-    for name in ("dense_decode", "hash_route"):
+    for name in ("route", "hash_route"):
         function = getattr(cute_router, name)
 
         def spy(*args, function=function, **options):

@@ -114,16 +114,26 @@ class ByRows:
         return rLogits
 
     def read(self, sRow: cute.Tensor, block: int, lane: Int32) -> cute.Tensor:
-        """A lane's entries of a block; past the end of the row some that are not its own."""
+        """A lane's entries of a block; zeros past the end of the row."""
         run = self.lay.run
         rBlock = cute.make_rmem_tensor(BLOCK, Float32)
         for part in range(BLOCK // run):
             first = self.lay.first(block, part, lane)
-            if not self.lay.whole(block):
-                first = cutlass.min(first, self.cfg.padded - run)
             rRun = cute.make_tensor(rBlock.iterator + part * run, cute.make_layout(run))
-            rRun.store(self.run_at(sRow, first).load())
+            self.load_run(sRow, first, rRun, self.lay.whole(block))
         return rBlock
+
+    @cute.jit
+    def load_run(
+        self, sRow: cute.Tensor, first: Int32, rRun: cute.Tensor, whole: cutlass.Constexpr
+    ) -> None:
+        """The run from `first` on, if there is one."""
+        if cutlass.const_expr(whole):
+            rRun.store(self.run_at(sRow, first).load())
+        else:
+            rRun.fill(0.0)
+            if first < self.cfg.padded:
+                rRun.store(self.run_at(sRow, first).load())
 
     @cute.jit
     def write(

@@ -33,7 +33,7 @@ class DecodeConfig:
     spec:         the router.
     arch:         the compile target, "sm_90a", "sm_100a" or "sm_100f".
     tile_experts: experts of a CTA's tile, on MMA-M: 64 or 128.
-    tile_tokens:  tokens of a CTA's tile, on MMA-N: 8 (sm_90 only), 16, 32, 64 or 128.
+    tile_tokens:  tokens of a CTA's tile, on MMA-N: 8 (sm_90 only), 16, 32 or 64.
     split_k:      CTAs of the cluster that shares a tile's K: 2, 4, 8 or 16.
     stages:       K blocks that shared memory holds; all of a CTA's, or a ring of fewer.
     trigger:      when the kernel behind may start: at the "start", after the "wait" for the kernel
@@ -150,7 +150,7 @@ def can_implement(config: DecodeConfig) -> None:
     if c.tile_experts not in (64, 128):
         raise ValueError(f"tile_experts must be 64 or 128; got {c.tile_experts}")
     # M=128 with N=8 is in the PTX tables, but older ones ask for N >= 16: nobody here has run it.
-    tokens = (16, 32, 64, 128) if c.blackwell else (8, 16, 32, 64, 128)
+    tokens = (16, 32, 64) if c.blackwell else (8, 16, 32, 64)
     if c.tile_tokens not in tokens:
         raise ValueError(f"tile_tokens must be one of {tokens} on {c.arch}; got {c.tile_tokens}")
     if c.split_k not in (2, 4, 8, 16):

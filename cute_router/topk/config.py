@@ -37,7 +37,7 @@ def row_shape(rows: int, length: int) -> tuple[int, int]:
     L = 256 and 384: docs/perf_log.md.)
     """
     lanes = 32 if rows <= 2048 else 8
-    return fitted(lanes, length), 1 if rows <= 16384 else 4
+    return fitted(lanes, length), 2 if rows <= 2048 else 4
 
 
 def gate_shape(rows: int, length: int) -> tuple[int, int]:
