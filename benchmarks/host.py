@@ -165,11 +165,11 @@ def calls(device: torch.device) -> Iterator[Call]:
         yield Call(f"{name}, outputs allocated", run, lambda: judge(run()), FUNCTION)
 
     def op(name: str, judge: Any, *arguments: Any, **out: Tensor) -> Iterator[Call]:
-        """An op and its overload with outputs given."""
+        """An op and its overload with outputs given, named as compiled graphs name them."""
         packet = getattr(torch.ops.cute_router, name)
-        run = partial(packet, *arguments)
+        run = partial(packet.default, *arguments)
         yield Call(f"ops.{name}", run, lambda: judge(run()), OP)
-        run_out = partial(packet, *arguments, **out)
+        run_out = partial(packet.out, *arguments, **out)
 
         def fault() -> str | None:
             run_out()
@@ -211,7 +211,7 @@ def calls(device: torch.device) -> Iterator[Call]:
 
     router = Router(RouterSpec(E, K, TOP_K), device=device, **factor)
     router.load_weights([("weight", W), ("e_score_correction_bias", bias)])
-    by_handle = partial(torch.ops.cute_router.route_by_handle, router.handle, x)
+    by_handle = partial(torch.ops.cute_router.route_by_handle.default, router.handle, x)
     yield Call("ops.route_by_handle", by_handle, lambda: dense(by_handle()), OP)
     yield Call("Router(x)", partial(router, x), lambda: dense(router(x)))
     if device.type == "cuda":
