@@ -32,12 +32,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:This static loop has")
 
 
 def chosen() -> dict[DecodeConfig, str]:
-    """Every configuration that serves 1 to 64 tokens of the two shapes, and its name."""
+    """Every configuration that serves 1 to 128 tokens of the two shapes, and its name."""
     configs: dict[DecodeConfig, str] = {}
     for arch in ARCHES:
         for spec in (FLASH, PRO):
             for invariant in (False, True):
-                for N in range(1, 65):
+                for N in range(1, 129):
                     c = decode_config(spec, N, arch, batch_invariant=invariant)
                     name = f"E{spec.num_experts}-K{spec.hidden_size}-tile{c.tile_tokens}"
                     configs[c] = f"{arch}-{name}-split{c.split_k}-{c.trigger}"

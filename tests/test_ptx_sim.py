@@ -26,6 +26,7 @@ SOFTMAX = {"scoring": "softmax", "top_k": 8}
 # heuristics choose there; N fills no tile.
 CHOSEN = [
     *[(E, N, {}, {}) for E in (64, 256, 300, 384) for N in (3, 27, 61)],
+    (256, 101, {}, {}),
     (144, 1, {"top_k": 1, "renormalize": False}, {}),
     (256, 13, {"top_k": 32}, {}),
     (256, 16, {"has_bias": False}, {"batch_invariant": True}),
