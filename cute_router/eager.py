@@ -12,6 +12,7 @@ Arguments stand in the order of the public functions of the same name, which doc
 the torch ops. Here nothing is recorded for autograd or traced: a call always runs.
 """
 
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -30,67 +31,6 @@ from cute_router.validate import (
     check_plain,
     check_topk,
 )
-
-
-def dense_decode(
-    x: Tensor,
-    W: Tensor,
-    bias: Tensor | None = None,
-    top_k: int = 6,
-    routed_scaling_factor: float = 1.0,
-    scoring: Scoring = "sqrtsoftplus",
-    renormalize: bool = True,
-    n_group: int = 1,
-    topk_group: int = 1,
-    batch_invariant: bool = False,
-    pdl: bool = True,
-    out_weights: Tensor | None = None,
-    out_ids: Tensor | None = None,
-) -> Routing:
-    """`functional.dense_decode`."""
-    options = (top_k, scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
-    return dense("gemm.decode", x, W, bias, routed_scaling_factor, options, out_weights, out_ids)
-
-
-def dense_prefill(
-    x: Tensor,
-    W: Tensor,
-    bias: Tensor | None = None,
-    top_k: int = 6,
-    routed_scaling_factor: float = 1.0,
-    scoring: Scoring = "sqrtsoftplus",
-    renormalize: bool = True,
-    n_group: int = 1,
-    topk_group: int = 1,
-    batch_invariant: bool = False,
-    pdl: bool = True,
-    out_weights: Tensor | None = None,
-    out_ids: Tensor | None = None,
-) -> Routing:
-    """`functional.dense_prefill`."""
-    options = (top_k, scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
-    return dense("gemm.prefill", x, W, bias, routed_scaling_factor, options, out_weights, out_ids)
-
-
-def route(
-    x: Tensor,
-    W: Tensor,
-    bias: Tensor | None = None,
-    top_k: int = 6,
-    routed_scaling_factor: float = 1.0,
-    scoring: Scoring = "sqrtsoftplus",
-    renormalize: bool = True,
-    n_group: int = 1,
-    topk_group: int = 1,
-    batch_invariant: bool = False,
-    pdl: bool = True,
-    out_weights: Tensor | None = None,
-    out_ids: Tensor | None = None,
-) -> Routing:
-    """`functional.route`."""
-    options = (top_k, scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
-    call = (x, W, bias, routed_scaling_factor, options, out_weights, out_ids)
-    return dense(dense_backend(x), *call)
 
 
 def dense_backend(x: Any) -> str:
@@ -122,6 +62,37 @@ def dense(
         launch = _cuda(backend).launch if x.is_cuda else cpu.dense
         launch(x, W, bias, weights, ids, spec, float(factor), options)
     return Routing(weights, ids)
+
+
+def _dense_function(name: str, backend: Callable[[Any], str]) -> Callable[..., Routing]:
+    """The dense function `functional.<name>`, whose backend x decides."""
+
+    def function(
+        x: Tensor,
+        W: Tensor,
+        bias: Tensor | None = None,
+        top_k: int = 6,
+        routed_scaling_factor: float = 1.0,
+        scoring: Scoring = "sqrtsoftplus",
+        renormalize: bool = True,
+        n_group: int = 1,
+        topk_group: int = 1,
+        batch_invariant: bool = False,
+        pdl: bool = True,
+        out_weights: Tensor | None = None,
+        out_ids: Tensor | None = None,
+    ) -> Routing:
+        options = (top_k, scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
+        call = (x, W, bias, routed_scaling_factor, options, out_weights, out_ids)
+        return dense(backend(x), *call)
+
+    function.__name__ = function.__qualname__ = name
+    return function
+
+
+dense_decode = _dense_function("dense_decode", lambda x: "gemm.decode")
+dense_prefill = _dense_function("dense_prefill", lambda x: "gemm.prefill")
+route = _dense_function("route", dense_backend)
 
 
 def hash_route(

@@ -5,6 +5,7 @@ recorded for autograd or traced. There is no short way: an engine that wants the
 captures a CUDA graph, where none is spent. Nothing here waits for the device or reads from it.
 """
 
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -23,75 +24,6 @@ from cute_router.validate_extras import (
     check_hash_extras,
     outputs,
 )
-
-
-def dense_decode(
-    x: Tensor,
-    W: Tensor,
-    bias: Tensor | None = None,
-    top_k: int = 6,
-    routed_scaling_factor: float = 1.0,
-    scoring: Scoring = "sqrtsoftplus",
-    renormalize: bool = True,
-    n_group: int = 1,
-    topk_group: int = 1,
-    batch_invariant: bool = False,
-    pdl: bool = True,
-    *,
-    out_weights: Tensor | None = None,
-    out_ids: Tensor | None = None,
-    extras: Extras,
-) -> Routing:
-    """`functional.dense_decode`."""
-    options = (top_k, scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
-    call = (x, W, bias, routed_scaling_factor, options, out_weights, out_ids, extras)
-    return dense("gemm.decode", *call)
-
-
-def dense_prefill(
-    x: Tensor,
-    W: Tensor,
-    bias: Tensor | None = None,
-    top_k: int = 6,
-    routed_scaling_factor: float = 1.0,
-    scoring: Scoring = "sqrtsoftplus",
-    renormalize: bool = True,
-    n_group: int = 1,
-    topk_group: int = 1,
-    batch_invariant: bool = False,
-    pdl: bool = True,
-    *,
-    out_weights: Tensor | None = None,
-    out_ids: Tensor | None = None,
-    extras: Extras,
-) -> Routing:
-    """`functional.dense_prefill`."""
-    options = (top_k, scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
-    call = (x, W, bias, routed_scaling_factor, options, out_weights, out_ids, extras)
-    return dense("gemm.prefill", *call)
-
-
-def route(
-    x: Tensor,
-    W: Tensor,
-    bias: Tensor | None = None,
-    top_k: int = 6,
-    routed_scaling_factor: float = 1.0,
-    scoring: Scoring = "sqrtsoftplus",
-    renormalize: bool = True,
-    n_group: int = 1,
-    topk_group: int = 1,
-    batch_invariant: bool = False,
-    pdl: bool = True,
-    *,
-    out_weights: Tensor | None = None,
-    out_ids: Tensor | None = None,
-    extras: Extras,
-) -> Routing:
-    """`functional.route`."""
-    options = (top_k, scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
-    call = (x, W, bias, routed_scaling_factor, options, out_weights, out_ids, extras)
-    return dense(dense_backend(x), *call)
 
 
 def dense(
@@ -119,6 +51,39 @@ def dense(
         else:
             _cuda(backend).launch(x, W, bias, *call)
     return _routing(weights, ids)
+
+
+def _dense_function(name: str, backend: Callable[[Any], str]) -> Callable[..., Routing]:
+    """The dense function `functional.<name>`, whose backend x decides."""
+
+    def function(
+        x: Tensor,
+        W: Tensor,
+        bias: Tensor | None = None,
+        top_k: int = 6,
+        routed_scaling_factor: float = 1.0,
+        scoring: Scoring = "sqrtsoftplus",
+        renormalize: bool = True,
+        n_group: int = 1,
+        topk_group: int = 1,
+        batch_invariant: bool = False,
+        pdl: bool = True,
+        *,
+        out_weights: Tensor | None = None,
+        out_ids: Tensor | None = None,
+        extras: Extras,
+    ) -> Routing:
+        options = (top_k, scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
+        call = (x, W, bias, routed_scaling_factor, options, out_weights, out_ids, extras)
+        return dense(backend(x), *call)
+
+    function.__name__ = function.__qualname__ = name
+    return function
+
+
+dense_decode = _dense_function("dense_decode", lambda x: "gemm.decode")
+dense_prefill = _dense_function("dense_prefill", lambda x: "gemm.prefill")
+route = _dense_function("route", dense_backend)
 
 
 def activation_topk(
