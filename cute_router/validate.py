@@ -3,6 +3,7 @@
 Every error names the argument, what was wanted and what was got, and is the same on every device.
 """
 
+from functools import lru_cache
 from numbers import Real
 from typing import Any
 
@@ -34,7 +35,17 @@ MAX_TOKENS = 1 << 30  # of hash_route, whose kernels count them in 32 bits
 Options = tuple[int, Scoring, bool, int, int, bool, bool]
 
 
-def spec_of(
+def spec_of(*call: Any) -> RouterSpec:
+    """The spec of a call, whose arguments are those of `_spec_of`; raises if one is wrong."""
+    try:
+        return _spec_of(*call)
+    except TypeError:  # also of what cannot be looked up in a table, which then says too little
+        return _spec_of.__wrapped__(*call)
+
+
+# typed: without it True would find the spec of 1, and 6.0 that of 6.
+@lru_cache(maxsize=4096, typed=True)
+def _spec_of(
     E: int,
     K: int,
     has_bias: bool,
