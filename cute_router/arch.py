@@ -1,14 +1,14 @@
 """Which kernels a device runs, for which target they are compiled, and how wide they can be."""
 
-from functools import cache
-from typing import Any
+from functools import cache, partial
 
 import torch
+
+from cute_router.driver import result_of
 
 # Compute capability -> target. 10.3 runs the code of the family sm_100f, not that of sm_100a.
 TARGETS = {(9, 0): "sm_90a", (10, 0): "sm_100a", (10, 3): "sm_100f"}
 MAX_CLUSTER = 16  # CTAs; beyond 8 a cluster is non-portable, and a device may refuse it
-FULL_SMEM = 227 * 1024  # bytes that a CTA can have; with so many it is alone on its SM
 NOTHING = b".version 7.8\n.target sm_90\n.address_size 64\n.visible .entry nothing() { ret; }\n\0"
 
 
@@ -64,11 +64,13 @@ def active_clusters(size: int) -> int:
     """
     from cuda.bindings import driver
 
+    from cute_router.gemm.config import MAX_SMEM  # with so many a CTA is alone on its SM
+
     module = _check(driver.cuModuleLoadData(NOTHING))
     function = _check(driver.cuModuleGetFunction(module, b"nothing"))
     attribute = driver.CUfunction_attribute
     memory = attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    _check(driver.cuFuncSetAttribute(function, memory, FULL_SMEM))
+    _check(driver.cuFuncSetAttribute(function, memory, MAX_SMEM))
     larger = attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
     _check(driver.cuFuncSetAttribute(function, larger, 1))
     cluster = driver.CUlaunchAttribute()
@@ -78,7 +80,7 @@ def active_clusters(size: int) -> int:
     launch = driver.CUlaunchConfig()
     launch.gridDimX, launch.blockDimX = size, 128
     launch.gridDimY = launch.gridDimZ = launch.blockDimY = launch.blockDimZ = 1
-    launch.sharedMemBytes = FULL_SMEM
+    launch.sharedMemBytes = MAX_SMEM
     launch.attrs, launch.numAttrs = [cluster], 1
     status, clusters = driver.cuOccupancyMaxActiveClusters(function, launch)
     _check(driver.cuModuleUnload(module))
@@ -88,9 +90,4 @@ def active_clusters(size: int) -> int:
     return int(clusters)
 
 
-def _check(result: Any) -> Any:
-    """What a driver call returns beside its status, which must be success."""
-    status, *values = result
-    if int(status) != 0:
-        raise RuntimeError(f"CUDA reports {status.name} when asked for its clusters")
-    return values[0] if values else None
+_check = partial(result_of, purpose="when asked for its clusters")

@@ -51,7 +51,7 @@ def dense(
 ) -> Routing:
     """A dense function; `backend` is the module of its kernels, "gemm.decode" or "gemm.prefill"."""
     if isinstance(x, Tensor) and x.is_cuda:
-        fast = _cuda(backend).fast
+        fast = cuda(backend).fast
         routing: Routing | None = fast(x, W, bias, factor, options, out_weights, out_ids)
         if routing is not None:
             return routing
@@ -59,7 +59,7 @@ def dense(
     weights = _output("out_weights", out_weights, (N, spec.top_k), torch.float32, x.device)
     ids = _output("out_ids", out_ids, (N, spec.top_k), torch.int32, x.device)
     if N > 0:
-        launch = _cuda(backend).launch if x.is_cuda else cpu.dense
+        launch = cuda(backend).launch if x.is_cuda else cpu.dense
         launch(x, W, bias, weights, ids, spec, float(factor), options)
     return Routing(weights, ids)
 
@@ -110,7 +110,7 @@ def hash_route(
     """`functional.hash_route`."""
     call = (token_ids, table, x, W, routed_scaling_factor, scoring, renormalize, pdl)
     if isinstance(token_ids, Tensor) and token_ids.is_cuda:
-        routing: Routing | None = _cuda("topk.hash").fast(*call, out_weights, out_ids)
+        routing: Routing | None = cuda("topk.hash").fast(*call, out_weights, out_ids)
         if routing is not None:
             return routing
     shape, device = check_hash(*call), token_ids.device
@@ -118,7 +118,7 @@ def hash_route(
     ids = _output("out_ids", out_ids, shape, torch.int32, device, "token_ids")
     if shape[0] > 0:
         factor = float(routed_scaling_factor)
-        launch = _cuda("topk.hash").launch if token_ids.is_cuda else cpu.hash_route
+        launch = cuda("topk.hash").launch if token_ids.is_cuda else cpu.hash_route
         launch(token_ids, table, x, W, factor, scoring, renormalize, pdl, weights, ids)
     return Routing(weights, ids)
 
@@ -144,7 +144,7 @@ def activation_topk(
     weights = _output("out_weights", out_weights, shape, torch.float32, device, "logits")
     ids = _output("out_ids", out_ids, shape, torch.int32, device, "logits")
     if shape[0] > 0:
-        launch = _cuda("topk.gate").launch if logits.is_cuda else cpu.gate
+        launch = cuda("topk.gate").launch if logits.is_cuda else cpu.gate
         factor = float(routed_scaling_factor)
         launch(logits, bias, weights, ids, spec, factor, batch_invariant=batch_invariant, pdl=pdl)
     return Routing(weights, ids)
@@ -165,7 +165,7 @@ def topk(
     values = _output("out[0]", out_values, shape, scores.dtype, device, "scores")
     indices = _output("out[1]", out_indices, shape, index_dtype, device, "scores")
     if values.numel() > 0:
-        launch = _cuda("topk.standalone").launch if scores.is_cuda else cpu.topk
+        launch = cuda("topk.standalone").launch if scores.is_cuda else cpu.topk
         if scores.ndim == 2 and scores.stride(1) == 1 and not scores.requires_grad:
             launch(scores, lengths, values, indices)  # views would take the host 6 us
         else:
@@ -192,6 +192,6 @@ def _output(
 
 
 @cache
-def _cuda(name: str) -> Any:
+def cuda(name: str) -> Any:
     """A backend of CUDA tensors, by its module's name."""
     return import_module(f"cute_router.{name}")

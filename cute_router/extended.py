@@ -6,14 +6,12 @@ captures a CUDA graph, where none is spent. Nothing here waits for the device or
 """
 
 from collections.abc import Callable
-from functools import cache
-from importlib import import_module
 from typing import Any
 
 from torch import Tensor
 
 from cute_router import cpu
-from cute_router.eager import dense_backend
+from cute_router.eager import cuda, dense_backend
 from cute_router.extras import Extras
 from cute_router.reference import unpacked
 from cute_router.spec import Routing, Scoring
@@ -47,9 +45,9 @@ def dense(
         if not x.is_cuda:
             cpu.dense(x, W, bias, *call)
         elif extras.fixed_ids is not None:
-            _cuda("topk.replay").dense(x, W, *call)
+            cuda("topk.replay").dense(x, W, *call)
         else:
-            _cuda(backend).launch(x, W, bias, *call)
+            cuda(backend).launch(x, W, bias, *call)
     return _routing(weights, ids)
 
 
@@ -114,9 +112,9 @@ def activation_topk(
         if not logits.is_cuda:
             cpu.gate(logits, bias, *call, **how)
         elif extras.fixed_ids is not None:
-            _cuda("topk.replay").gate(logits, *call, extras)
+            cuda("topk.replay").gate(logits, *call, extras)
         else:
-            _cuda("topk.gate").launch(logits, bias, *call, **how)
+            cuda("topk.gate").launch(logits, bias, *call, **how)
     return _routing(weights, ids)
 
 
@@ -141,7 +139,7 @@ def hash_route(
     check_hash_extras(extras, N, None if W is None else W.shape[0], k, device)
     weights, ids = outputs(extras, out_weights, out_ids, N, k, device, "token_ids")
     if N > 0:
-        launch = _cuda("topk.hash").launch if token_ids.is_cuda else cpu.hash_route
+        launch = cuda("topk.hash").launch if token_ids.is_cuda else cpu.hash_route
         how = (float(factor), scoring, renormalize, pdl)
         launch(token_ids, table, x, W, *how, weights, ids, extras)
     return _routing(weights, ids)
@@ -150,9 +148,3 @@ def hash_route(
 def _routing(weights: Tensor | None, ids: Tensor) -> Routing:
     """What is returned; without weights the ids are packed words."""
     return unpacked(ids) if weights is None else Routing(weights, ids)
-
-
-@cache
-def _cuda(name: str) -> Any:
-    """A backend of CUDA tensors, by its module's name."""
-    return import_module(f"cute_router.{name}")

@@ -18,6 +18,7 @@ from cute_router.gemm.config import (
     DecodeConfig,
     can_implement,
     ceil_div,
+    runs,
 )
 from cute_router.spec import RouterSpec
 
@@ -142,7 +143,7 @@ def candidates(
     for config in found:
         shared = replace(config, exclusive=False)
         alike = shared if shared.smem_bytes == config.smem_bytes else config
-        if alike not in seen and runs(config):
+        if alike not in seen and runs(config, can_implement):
             seen.add(alike)
             yield config
 
@@ -150,12 +151,3 @@ def candidates(
 def around(n: int) -> tuple[int, int, int]:
     """A number, its half and its double."""
     return n, n // 2, 2 * n
-
-
-def runs(config: DecodeConfig) -> bool:
-    """Whether a configuration can be built and launched."""
-    try:
-        can_implement(config)
-    except ValueError:
-        return False
-    return True

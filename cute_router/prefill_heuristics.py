@@ -15,7 +15,7 @@ from math import log2
 
 from cute_router.arch import MAX_CLUSTER
 from cute_router.extras import ExtrasSpec
-from cute_router.gemm.config import MAX_SMEM, TILE_K, ceil_div
+from cute_router.gemm.config import MAX_SMEM, TILE_K, ceil_div, runs
 from cute_router.gemm.prefill_config import MAX_CHAINED_EXPERTS, PrefillConfig, can_implement
 from cute_router.spec import RouterSpec
 from cute_router.topk.config import WARP, at_most
@@ -100,7 +100,7 @@ def candidates(
         config = deepest(replace(config, lanes=lanes_of(config)))
         if overlay and deepest(replace(config, overlay=False)).stages == config.stages:
             continue  # there is room beside the ring
-        if fits(config):
+        if runs(config, can_implement):
             yield config
 
 
@@ -125,15 +125,6 @@ def deepest(config: PrefillConfig) -> PrefillConfig:
     while stages > 2 and replace(config, stages=stages).smem_bytes > MAX_SMEM:
         stages -= 1
     return replace(config, stages=stages)
-
-
-def fits(config: PrefillConfig) -> bool:
-    """Whether `config` can be built."""
-    try:
-        can_implement(config)
-    except ValueError:
-        return False
-    return True
 
 
 def cycles(config: PrefillConfig, N: int) -> float:

@@ -8,10 +8,13 @@ call nor a capture ever queues more than its kernel.
 """
 
 import threading
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from cute_router.driver import result_of
 
 SLAB_BYTES = 8 << 20
 GRAIN = 64  # words: slots start on 256-byte lines
@@ -111,9 +114,4 @@ def capture_id(stream: int) -> int:
     return int(_check(driver.cuStreamGetCaptureInfo(stream))[1])
 
 
-def _check(result: Any) -> Any:
-    """What a driver call returns beside its status, which must be success."""
-    status, *values = result
-    if int(status) != 0:
-        raise RuntimeError(f"CUDA reports {status.name} for the scratch memory of cute_router")
-    return values[0] if len(values) == 1 else tuple(values)
+_check = partial(result_of, purpose="for the scratch memory of cute_router")

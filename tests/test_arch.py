@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cute_router import arch
+from cute_router.gemm.config import MAX_SMEM
 
 driver = pytest.importorskip("cuda.bindings.driver")
 OK = driver.CUresult.CUDA_SUCCESS
@@ -41,12 +42,12 @@ def test_the_question_is_about_clusters_that_need_all_memory_of_their_sms(asked)
     assert arch.active_clusters(16) == 7
     names = driver.CUfunction_attribute
     assert asked.attributes == {
-        names.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES: arch.FULL_SMEM,
+        names.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES: MAX_SMEM,
         names.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED: 1,
     }
     launch, (attribute,) = asked.launch, asked.launch.attrs
     assert (launch.gridDimX, launch.gridDimY, launch.gridDimZ) == (16, 1, 1)
-    assert (launch.blockDimX, launch.sharedMemBytes) == (128, arch.FULL_SMEM)
+    assert (launch.blockDimX, launch.sharedMemBytes) == (128, MAX_SMEM)
     assert attribute.id == driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
     cluster = attribute.value.clusterDim
     assert (cluster.x, cluster.y, cluster.z) == (16, 1, 1)

@@ -378,3 +378,25 @@ def test_a_spec_tells_apart_what_kernels_are_compiled_for():
     }
     assert len(specs | {PLAIN}) == len(fields(ExtrasSpec)) + 1
     assert replace(Extras(shared_experts=1), shared_weight=2.0).spec in specs
+
+
+@pytest.mark.parametrize("step", [2, 3, 7, 9])
+def test_a_batch_of_several_launches_has_in_each_the_extras_of_its_rows(step):
+    """As `dense_decode` and `dense_prefill` cut large batches on CUDA; the last part is shorter."""
+    decode = pytest.importorskip("cute_router.gemm.decode")
+    x, logits = torch.arange(N * K).view(N, K).bfloat16(), torch.empty(N, E)
+    weights, ids = torch.empty(N, TOP_K), torch.empty(N, TOP_K, dtype=torch.int32)
+    extras = Extras(num_valid=torch.tensor([5], dtype=torch.int32), out_logits=logits)
+    parts = list(decode.portions(x, weights, ids, extras, step))
+    assert torch.equal(torch.cat([part for part, _, _ in parts]), x)
+    tokens = []
+    for (part, results, ((num_valid, valid, *_, out_logits, _),)), first in zip(
+        parts, range(0, N, step), strict=True
+    ):
+        assert len(part) == len(results[0]) == len(results[1]) == len(out_logits)
+        assert results[0].data_ptr() == weights[first:].data_ptr()
+        assert out_logits.data_ptr() == logits[first:].data_ptr()
+        assert (num_valid is None) == (step < N)
+        tokens += [int(num_valid) > row for row in range(N)] if valid is None else valid.tolist()
+        assert valid is None or len(valid) == len(part)
+    assert tokens == [1] * 5 + [0] * 2

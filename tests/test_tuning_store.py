@@ -175,7 +175,7 @@ def test_a_process_reads_a_file_once(monkeypatch):
 def test_knobs_that_a_call_has_no_memory_for_are_left_alone(monkeypatch):
     """What else is in a configuration may need memory that the knobs have used up."""
     store.keep(GPU, CHOICES)
-    monkeypatch.setattr(store, "runs", lambda config: config != OTHER)
+    monkeypatch.setattr(store.decode, "runs", lambda config, _: config != OTHER)
     assert store.find(GPU, OWN, 8) == OWN
 
 

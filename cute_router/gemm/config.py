@@ -5,7 +5,9 @@ from its fields. Shared memory and TMEM are budgeted here, because the compiler 
 without a word and the launch then fails.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from cute_router.arch import MAX_CLUSTER
 from cute_router.extras import PLAIN, ExtrasSpec
@@ -24,6 +26,15 @@ TRIGGERS = ("start", "wait", "product")  # when the kernel behind may start
 def ceil_div(a: int, b: int) -> int:
     """The least integer not under a / b."""
     return -(-a // b)
+
+
+def runs(config: Any, can_implement: Callable[[Any], None]) -> bool:
+    """Whether a configuration can be built and launched, as `can_implement` of its kind says."""
+    try:
+        can_implement(config)
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Host entry of the dense router on CUDA: a plan for each kind of call, then one launch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -124,17 +124,25 @@ def run(
     extras: Extras | None = None,
 ) -> None:
     """Queue the kernel of `plan`, once for as many tokens as one launch takes."""
-    x, W = row_strided(x), row_strided(W)
-    N = x.shape[0]
-    step = min(N, plan.max_tokens)
+    W = row_strided(W)
+    step = min(x.shape[0], plan.max_tokens)
     stream = torch._C._cuda_getCurrentRawStream(x.get_device())
     scratch = plan.scratch.slot(stream, TICKETS + step * plan.token_words)
+    for part, results, more in portions(x, weights, ids, extras, step):
+        plan.kernel(part, W, bias, *results, scratch, factor, *more)
+
+
+def portions(
+    x: Tensor, weights: Tensor | None, ids: Tensor, extras: Extras | None, step: int
+) -> Iterator[tuple[Tensor, tuple[Tensor | None, Tensor], tuple[Any, ...]]]:
+    """Of each launch over `step` tokens: hidden states, results, and what extras a kernel takes."""
+    N = x.shape[0]
     for first in range(0, N, step):
-        rows = slice(first, first + step)
+        last = min(first + step, N)
+        rows = slice(first, last)
         results = None if weights is None else weights[rows], ids[rows]
-        own = extras if extras is None or step == N else extras.rows(first, first + step)
-        more = () if own is None else own.arguments()
-        plan.kernel(row_strided(x[rows]), W, bias, *results, scratch, factor, *more)
+        own = extras if extras is None or step >= N else extras.rows(first, last)
+        yield row_strided(x[rows]), results, () if own is None else own.arguments()
 
 
 def row_strided(matrix: Tensor) -> Tensor:

@@ -78,16 +78,9 @@ def launch(
         call = (x, W, bias, weights, ids, spec, factor)
         generic.launch(*call, batch_invariant=False, extras=extras)
         return
-    x, W = decode.row_strided(x), decode.row_strided(W)
-    if N <= MAX_TOKENS:
-        more = () if extras is None else extras.arguments()
-        kernel(x, W, bias, weights, ids, factor, *more)
-        return
-    for first in range(0, N, MAX_TOKENS):
-        rows = slice(first, first + MAX_TOKENS)
-        results = None if weights is None else weights[rows], ids[rows]
-        more = () if extras is None else extras.rows(first, first + MAX_TOKENS).arguments()
-        kernel(decode.row_strided(x[rows]), W, bias, *results, factor, *more)
+    W = decode.row_strided(W)
+    for part, results, more in decode.portions(x, weights, ids, extras, MAX_TOKENS):
+        kernel(part, W, bias, *results, factor, *more)
 
 
 # typed: without it True would find the kernel of 1, and 6.0 that of 6.

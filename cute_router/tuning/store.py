@@ -121,7 +121,8 @@ def find(gpu: Gpu, config: AnyConfig, tokens: int) -> AnyConfig:
         return config
     chosen = replace(config, **choice.knobs)
     # What a config has beside the router and the knobs can need memory that the knobs have used up.
-    return chosen if runs(chosen) else config
+    can_implement = KERNELS[NAMES[type(config)]].can_implement
+    return chosen if decode.runs(chosen, can_implement) else config
 
 
 def key_of(config: Config, tokens: int) -> Key:
@@ -132,15 +133,6 @@ def key_of(config: Config, tokens: int) -> Key:
 def knobs_of(config: Config) -> Knobs:
     """The knobs of a configuration."""
     return {name: getattr(config, name) for name in KNOBS[NAMES[type(config)]]}
-
-
-def runs(config: Config) -> bool:
-    """Whether a configuration can be built and launched."""
-    try:
-        KERNELS[NAMES[type(config)]].can_implement(config)
-    except ValueError:
-        return False
-    return True
 
 
 @cache
