@@ -16,7 +16,7 @@ from math import log2
 from cute_router.arch import MAX_CLUSTER
 from cute_router.extras import ExtrasSpec
 from cute_router.gemm.config import MAX_SMEM, TILE_K, ceil_div, runs
-from cute_router.gemm.prefill_config import MAX_CHAINED_EXPERTS, PrefillConfig, can_implement
+from cute_router.gemm.prefill_config import MAX_WHOLE_SUMS, PrefillConfig, can_implement
 from cute_router.spec import RouterSpec
 from cute_router.topk.config import WARP, at_most
 
@@ -95,7 +95,7 @@ def candidates(
             overlay=overlay,
             pdl=pdl,
         )
-        if hopper and split_e > 1 and config.tile_experts > MAX_CHAINED_EXPERTS:
+        if hopper and split_e > 1 and config.tile_experts > MAX_WHOLE_SUMS:
             continue  # of so many accumulators and E = 1024 some registers are spilled
         config = deepest(replace(config, lanes=lanes_of(config)))
         if overlay and deepest(replace(config, overlay=False)).stages == config.stages:

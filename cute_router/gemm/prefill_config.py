@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 MAX_MMA_EXPERTS = 256  # of one instruction, on MMA-N
 MAX_CHAIN = 32  # K blocks: 2048 products of one chain
-MAX_CHAINED_EXPERTS = 192  # twice 96 registers a thread, of 232
+MAX_WHOLE_SUMS = 192  # experts: sums beside accumulators are twice 96 registers a thread, of 232
 WARPGROUP = 128  # threads
 MISC = 1024  # barriers, alignment, and a margin, in bytes
 
@@ -81,7 +81,7 @@ class PrefillConfig:
     def tile_experts(self) -> int:
         """Experts of a CTA, on MMA-N; those past the last are zeros: TMA fills what is out of
         bounds."""
-        grain = 32 if self.blackwell else 8
+        grain = 32 if self.blackwell else 4 * self.run
         return round_up(ceil_div(self.spec.num_experts, self.split_e), grain)
 
     @property
@@ -140,10 +140,15 @@ class PrefillConfig:
     def pitch(self) -> int:
         """Words from a token's logits to the next one's.
 
-        The skew keeps apart the banks of the rows that one store of a warp writes: 8 rows of 32
-        bytes from WGMMA's accumulators, rows of 16 bytes from TMEM.
+        The skew keeps apart the banks of the rows that one store of a warp writes, 128 bytes at a
+        time: rows of 4 runs from WGMMA's accumulators, of one from TMEM.
         """
-        return round_up(self.padded, WARP) + (4 if self.blackwell else 8)
+        return round_up(self.padded, WARP) + (1 if self.blackwell else 4) * self.run
+
+    @property
+    def run(self) -> int:
+        """Experts of a token that a thread stores at once."""
+        return 2 if self.cluster == 1 and not self.blackwell else 4
 
     @property
     def token_bytes(self) -> int:
@@ -159,11 +164,16 @@ class PrefillConfig:
     def chain(self) -> int:
         """K blocks whose products are summed by the tensor cores alone, on sm_90.
 
-        What those drop of every partial sum adds up: whole chains are summed in fp32 registers.
+        What those drop of every partial sum adds up: chains are summed in fp32 instructions.
         Softmax takes shorter ones: its weights follow the logits themselves, however large.
         """
         longest = MAX_CHAIN // 2 if self.spec.scoring == "softmax" else MAX_CHAIN
         return ceil_div(self.k_blocks, ceil_div(self.k_blocks, longest))
+
+    @property
+    def splits_sums(self) -> bool:
+        """Whether the sums of chains share the accumulators' registers (`gemm.prefill_sums`)."""
+        return self.tile_experts > MAX_WHOLE_SUMS
 
     @property
     def tile_bytes(self) -> int:
@@ -214,11 +224,6 @@ def can_implement(config: PrefillConfig) -> None:
     if c.overlay and c.stages > c.k_blocks:  # loads for the next tile would meet logits
         raise ValueError(
             f"overlay takes at most k_blocks={c.k_blocks} stages; got stages={c.stages}"
-        )
-    if not c.blackwell and c.chain < c.k_blocks and c.tile_experts > MAX_CHAINED_EXPERTS:
-        raise ValueError(
-            f"a CTA can have {MAX_CHAINED_EXPERTS} experts where K takes several chains of MMAs;"
-            f" got {c.tile_experts} and {c.k_blocks} K blocks"
         )
     if c.smem_bytes > MAX_SMEM:
         raise ValueError(

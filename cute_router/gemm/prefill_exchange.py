@@ -16,7 +16,7 @@ import cutlass.pipeline as pipeline
 from cutlass import Float32, Int32
 
 from cute_router.gemm.prefill_config import PrefillConfig
-from cute_router.gemm.prefill_mainloop import PrefillMainloop, Shared, Tiles
+from cute_router.gemm.prefill_mainloop import PrefillMainloop, Shared, Start, Tiles
 from cute_router.gemm.ptx import (
     arrive_at_peer,
     arrive_relaxed_at_peer,
@@ -33,7 +33,7 @@ class Exchange:
 
     def __init__(self, config: PrefillConfig, mainloop: PrefillMainloop, meet):
         self.cfg = config
-        self.vector = mainloop.vector  # experts of one store
+        self.vector = mainloop.vector  # experts of a run
         self.rows = mainloop.rows
         self.meet = meet  # named barrier of the epilogue's threads
         self.multiplied = pipeline.NamedBarrier(MULTIPLIED_BARRIER, config.mma_threads)
@@ -73,44 +73,40 @@ class Exchange:
                 arrive(s.room, tid)
 
     @cute.jit
-    def send(
-        self, s: Shared, tiles: Tiles, rAcc: cute.Tensor, coords: cute.Tensor, first: int
-    ) -> None:
-        """Send sums to the owners of their tokens; `first` is the first expert of `coords`."""
-        c, v = self.cfg, self.vector
-        experts = tiles.e_part * c.tile_experts + first
+    def send(self, s: Shared, tiles: Tiles, rAcc: cute.Tensor, at: list[Start]) -> None:
+        """Send sums, run by run, to the owners of their tokens."""
+        c = self.cfg
         for row in cutlass.range_constexpr(self.rows):
-            token, expert = coords[v * row]
+            token, expert = at[row]
             owner = token // c.owned
-            crd = (experts + expert, token % c.owned, tiles.k_part)
-            place = cute.assume(cute.crd2idx(crd, self.layout()), divby=v)
+            crd = (tiles.e_part * c.tile_experts + expert, token % c.owned, tiles.k_part)
+            place = cute.assume(cute.crd2idx(crd, self.layout()), divby=self.vector)
             slot = s.sLogits.iterator + place
             if cutlass.const_expr(c.cluster == 1) or owner == tiles.rank:
-                self.store(slot, rAcc, coords, row)
+                self.store(slot, rAcc, at, row)
             else:
-                self.store_async(at_peer(slot, owner), at_peer(s.part, owner), rAcc, coords, row)
+                self.store_async(at_peer(slot, owner), at_peer(s.part, owner), rAcc, at, row)
 
     @cute.jit
-    def store(self, slot: cute.Pointer, rAcc: cute.Tensor, coords: cute.Tensor, row: int) -> None:
+    def store(self, slot: cute.Pointer, rAcc: cute.Tensor, at: list[Start], row: int) -> None:
         """A token's sums to this CTA's own memory, from `slot` on."""
         v = self.vector
         rRun = cute.make_rmem_tensor(v, Float32)
-        for i in cutlass.range_constexpr(row, cute.size(rAcc) // v, self.rows):
+        for i in cutlass.range_constexpr(row, len(at), self.rows):
             for j in cutlass.range_constexpr(v):
                 rRun[j] = rAcc[v * i + j]
-            distance = cute.assume(coords[v * i][1] - coords[v * row][1], divby=v)
+            distance = cute.assume(at[i][1] - at[row][1], divby=v)
             cute.make_tensor((slot + distance).align(4 * v), cute.make_layout(v)).store(rRun.load())
 
     @cute.jit
     def store_async(
-        self, slot: Int32, barrier: Int32, rAcc: cute.Tensor, coords: cute.Tensor, row: int
+        self, slot: Int32, barrier: Int32, rAcc: cute.Tensor, at: list[Start], row: int
     ) -> None:
         """A token's sums to a peer."""
         v = self.vector
-        for i in cutlass.range_constexpr(row, cute.size(rAcc) // v, self.rows):
+        for i in cutlass.range_constexpr(row, len(at), self.rows):
             words = tuple(rAcc[v * i + j].bitcast(Int32) for j in range(v))
-            distance = coords[v * i][1] - coords[v * row][1]
-            store_async(slot + 4 * distance, words, barrier)
+            store_async(slot + 4 * (at[i][1] - at[row][1]), words, barrier)
 
     @cute.jit
     def wait(self, s: Shared, turn: Int32) -> None:

@@ -1,7 +1,7 @@
 """The seam between architectures in prefill: all that the rest of the kernel knows of its product.
 
 A mainloop says how x and W lie in shared memory and how TMA brings them there, and hands each
-epilogue thread its fp32 sums with their (token, expert) coordinates, in one piece or in several.
+epilogue thread its fp32 sums with the places that they have, in one piece or in several.
 """
 
 from abc import ABC, abstractmethod
@@ -40,23 +40,24 @@ class Tiles(NamedTuple):
     count: Int32  # tiles, at least one
 
 
+Start = tuple[Int32, Int32]  # (token, expert) of the first sum of a run, within a CTA's tile
+
+
 class Sink(Protocol):
     """Where sums go (`gemm.prefill_exchange`)."""
 
     def open(self, s: Shared, turn: Int32, tid: Int32) -> None:
         """Wait until there is room for those of tile `turn`."""
 
-    def send(
-        self, s: Shared, tiles: Tiles, rAcc: cute.Tensor, coords: cute.Tensor, first: int
-    ) -> None:
-        """Take sums with their coordinates, experts counted from the CTA's expert `first`."""
+    def send(self, s: Shared, tiles: Tiles, rAcc: cute.Tensor, at: list[Start]) -> None:
+        """Take sums, of which each run of `vector` experts starts at its place."""
 
 
 class PrefillMainloop(ABC):
     """L[n, e] += sum_k x[n, k] W[e, k] over a CTA's K blocks; tokens -> MMA-M, experts -> MMA-N."""
 
-    vector: int  # experts that lie side by side in a thread's registers
-    rows: int  # tokens of a thread, which take turns with every vector of experts
+    vector: int  # experts of a run: sums side by side, of one token
+    rows: int  # tokens of a thread, which take turns with every run
 
     def __init__(self, config: PrefillConfig):
         self.cfg = config

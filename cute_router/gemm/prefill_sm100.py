@@ -152,7 +152,8 @@ class PrefillSm100(PrefillMainloop):
             rAcc = cute.make_rmem_tensor(coords.shape, Float32)
             cute.copy(copy, thr.partition_S(tChunks[None, None, 0, chunk]), rAcc)
             cute.arch.fence_view_async_tmem_load()
-            sink.send(s, tiles, rAcc, coords, chunk * CHUNK)
+            runs = [coords[i] for i in range(0, CHUNK, self.vector)]
+            sink.send(s, tiles, rAcc, [(token, chunk * CHUNK + e) for token, e in runs])
         cute.arch.inline_ptx("tcgen05.fence::before_thread_sync;")
         self.drained(s)
 

@@ -10,14 +10,16 @@ from typing import NamedTuple
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as sm90
-from cutlass import BFloat16, Float32, Int32
+from cutlass import BFloat16, Boolean, Float32, Int32
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.tensor_utils import LayoutEnum
 
 from cute_router.gemm.config import TILE_K
 from cute_router.gemm.prefill_config import WARPGROUP, PrefillConfig
-from cute_router.gemm.prefill_mainloop import PrefillMainloop, Shared, Sink, Tiles
+from cute_router.gemm.prefill_mainloop import PrefillMainloop, Shared, Sink, Start, Tiles
+from cute_router.gemm.prefill_sums import SplitSums, WholeSums
 from cute_router.gemm.ptx import arrive_relaxed_at_peer
+from cute_router.topk.ptx import opaque
 
 
 class Place(NamedTuple):
@@ -27,14 +29,26 @@ class Place(NamedTuple):
     phase: Int32  # of the stage's barrier `full`
 
 
+def trade(low: list[Float32], high: list[Float32], odd: Boolean) -> list[Float32]:
+    """Of a lane and its neighbour: an even one gets the low pairs of both, an odd one the high."""
+    kept = [Float32(cutlass.select_(odd, b, a)) for a, b in zip(low, high, strict=True)]
+    sent = [Float32(cutlass.select_(odd, a, b)) for a, b in zip(low, high, strict=True)]
+    got = [cute.arch.shuffle_sync_bfly(value, offset=1) for value in sent]
+    front = [cutlass.select_(odd, b, a) for a, b in zip(kept, got, strict=True)]
+    back = [cutlass.select_(odd, a, b) for a, b in zip(kept, got, strict=True)]
+    return [Float32(value) for value in front + back]
+
+
 class PrefillSm90(PrefillMainloop):
     """WGMMA, issued by the epilogue's own warps."""
 
-    vector, rows = 2, 2
+    rows = 2
 
     def __init__(self, config: PrefillConfig):
         super().__init__(config)
+        self.vector = config.run
         self.tile = (config.tile_tokens, config.tile_experts, TILE_K)
+        self.sums = SplitSums() if config.splits_sums else WholeSums()
 
     def tiled_mma(self):
         """One WGMMA of 64 tokens for each warpgroup."""
@@ -88,14 +102,39 @@ class PrefillSm90(PrefillMainloop):
     def accumulate(self, s: Shared, tid: Int32, tiles: Tiles, turn: Int32, sink: Sink) -> None:
         """Multiply; all of the thread's sums at once."""
         rSum = self.multiply(s, tid, tiles, turn)
-        thr = self.tiled_mma().get_slice(tid)
+        # Known before the product, places would take registers all through it.
+        thr = self.tiled_mma().get_slice(opaque(tid))
         coords = thr.partition_C(cute.make_identity_tensor(self.tile[:2]))
+        if self.vector == 2:
+            at = [coords[i] for i in range(0, cute.size(rSum), 2)]
+        else:
+            rSum, at = self.pair(rSum, coords)
         sink.open(s, turn, tid)
-        sink.send(s, tiles, rSum, coords, 0)
+        sink.send(s, tiles, rSum, at)
+
+    def pair(self, rSum: cute.Tensor, coords: cute.Tensor) -> tuple[cute.Tensor, list[Start]]:
+        """Runs of 4 experts, by a trade with the neighbouring lane, and where they start.
+
+        A store of a warp then has 64 bytes of each of its rows, not 32: to peers it takes two
+        thirds of the time. Of 16 experts lane 0 of a row has 0..3, 2 has 4..7, 1 8..11, 3 12..15.
+        """
+        rRuns = cute.make_rmem_tensor(cute.size(rSum), Float32)  # accumulators stay as they are
+        odd = (cute.arch.lane_idx() & 1) != 0
+        column = coords[0][1]  # 0, 2, 4 or 6
+        first = cutlass.select_(odd, column + 6, column)
+        at = []
+        for start in range(0, cute.size(rSum), 8):
+            low, high = ([rSum[start + 4 * g + j] for j in range(4)] for g in range(2))
+            for row in range(2):
+                pair = slice(2 * row, 2 * row + 2)
+                for j, value in enumerate(trade(low[pair], high[pair], odd)):
+                    rRuns[start + 4 * row + j] = value
+                at.append((coords[2 * row][0], first + start // 4 * 8))
+        return rRuns, at
 
     @cute.jit
     def multiply(self, s: Shared, tid: Int32, tiles: Tiles, turn: Int32) -> cute.Tensor:
-        """The product of a tile: chains of WGMMAs, summed in fp32 registers."""
+        """The product of a tile: a chain of WGMMAs, or several (`gemm.prefill_sums`)."""
         c = self.cfg
         mma = self.tiled_mma()
         # The operands are those of a whole warpgroup: their descriptors stay in uniform registers.
@@ -103,22 +142,28 @@ class PrefillSm90(PrefillMainloop):
         tCrX = mma.make_fragment_A(thr.partition_A(s.sX))  # (MMA, MMA_M, MMA_K, STAGE)
         tCrW = mma.make_fragment_B(thr.partition_B(s.sW))  # (MMA, MMA_N, MMA_K, STAGE)
         rAcc = cute.make_rmem_tensor(thr.partition_shape_C(self.tile[:2]), Float32)
+        if self.vector == 4:  # else the last tile's would be kept beside the runs made of them
+            rAcc.fill(0.0)
         at = self.ring(turn * c.k_blocks)
         if cutlass.const_expr(c.chain == c.k_blocks):
-            self.multiply_chain(s, rAcc, tCrX, tCrW, tiles, Int32(0), Int32(c.k_blocks), at)
+            zero, whole = Int32(0), Int32(c.k_blocks)
+            self.multiply_chain(s, rAcc, tCrX, tCrW, tiles, zero, whole, zero, at)
             return rAcc
-        rSum = cute.make_rmem_tensor_like(rAcc)
-        rSum.fill(0.0)
+        rSums = self.sums.begin(rAcc)
         for start in cutlass.range(0, c.k_blocks, c.chain):
             end = cutlass.min(start + c.chain, c.k_blocks)
-            at = self.multiply_chain(s, rAcc, tCrX, tCrW, tiles, start, end, at)
-            rSum.store(rSum.load() + rAcc.load())
-        return rSum
+            zero_at = self.sums.zero_at(start)
+            at = self.multiply_chain(s, rAcc, tCrX, tCrW, tiles, start, end, zero_at, at)
+            self.sums.add(rAcc, rSums, end == c.k_blocks)
+        return self.sums.total(rAcc, rSums)
 
     @cute.jit
-    def multiply_chain(self, s: Shared, rAcc, tCrX, tCrW, tiles: Tiles, start, end, at: Place):
-        """Sum the products of the K blocks `start` to `end` of a tile; where the ring is then.
+    def multiply_chain(
+        self, s: Shared, rAcc, tCrX, tCrW, tiles: Tiles, start, end, zero_at, at: Place
+    ) -> Place:
+        """Add the products of the K blocks `start` to `end` of a tile; where the ring is then.
 
+        Block `zero_at` starts from 0, any other one adds to what the accumulators hold.
         A stage is free again when the block behind it is under way. Little may stand between two
         blocks: the tensor cores have work queued for a few WGMMAs only.
         """
@@ -128,7 +173,7 @@ class PrefillSm90(PrefillMainloop):
             warpgroup.fence()
             mma = self.tiled_mma()
             for k in cutlass.range_constexpr(cute.size(tCrX, mode=[2])):
-                mma.set(warpgroup.Field.ACCUMULATE, True if k > 0 else block > start)
+                mma.set(warpgroup.Field.ACCUMULATE, True if k > 0 else block > zero_at)
                 tCrX_k, tCrW_k = tCrX[None, None, k, at.stage], tCrW[None, None, k, at.stage]
                 cute.gemm(mma, rAcc, tCrX_k, tCrW_k, rAcc)
             warpgroup.commit_group()
