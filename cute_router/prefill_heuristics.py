@@ -25,6 +25,7 @@ SMS = 132
 # (cuOccupancyMaxActiveClusters). One cluster more would take a turn of its own.
 AT_ONCE = {1: 132, 2: 66, 3: 39, 4: 30, 6: 17, 8: 15, 16: 7}
 MAX_STAGES = 8
+MAX_ENTRIES = 96  # logits that a lane holds in registers
 FEWEST_TOKENS = 64  # of the smallest bucket
 MAX_BUCKET = 1 << 17  # with so many token tiles, more of them make no difference
 
@@ -111,12 +112,17 @@ def with_extras(config: PrefillConfig, extras: ExtrasSpec) -> PrefillConfig:
 
 
 def lanes_of(config: PrefillConfig) -> int:
-    """Lanes for each token: 8, or as many as there are while tokens are few."""
-    if not config.by_words:
+    """Lanes for each token: as many as let all warps choose once, where that is possible.
+
+    A choice is a chain of dependent steps: two, one after the other, take twice as long.
+    """
+    if not config.by_threshold:
         return WARP
     spare = config.epilogue_threads // config.owned
-    lanes = 1 << max(3, min(5, spare.bit_length() - 1))
-    return at_most(lanes, config.spec.num_experts)
+    lanes = at_most(1 << max(2, min(5, spare.bit_length() - 1)), config.spec.num_experts)
+    while lanes * MAX_ENTRIES < config.spec.num_experts:
+        lanes *= 2
+    return lanes
 
 
 def deepest(config: PrefillConfig) -> PrefillConfig:

@@ -1,11 +1,12 @@
 """The choice of prefill: all logits of a token are in one CTA's shared memory.
 
-    scorings of one logit      a few lanes to a token (`epilogue.by_words`)
+    scorings of one logit      a few lanes to a token (`epilogue.by_threshold`); activations take
+                               the place of logits
     softmax, expert groups,    a warp to a token (`epilogue.row`)
     tokens left in doubt
 
 Where K was split, a logit comes as several partial sums. The lane that looks at it adds them, in
-the order of the parts, and leaves the sum in the place of the first.
+the order of the parts, and leaves the sum, or its activation, in the place of the first.
 """
 
 from typing import Any
@@ -14,13 +15,15 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32
 
-from cute_router.epilogue.by_words import ByWords
+from cute_router.epilogue.by_threshold import ByThreshold
 from cute_router.epilogue.outputs import Outputs, bias_of_row, is_token, put_logits
 from cute_router.epilogue.row import route_row
 from cute_router.gemm.prefill_config import PrefillConfig
 from cute_router.topk.config import BLOCK, WARP
-from cute_router.topk.key import REMOVED
+from cute_router.topk.ptx import opaque
 from cute_router.topk.staging import VECTOR_BYTES
+
+BANKS = 32  # of shared memory, words that it gives at once
 
 
 class ByRows:
@@ -29,26 +32,34 @@ class ByRows:
     def __init__(self, config: PrefillConfig):
         self.cfg = config
         self.lay = config.lay
-        self.words = ByWords(config.spec, config.lay)
+        self.chooser = ByThreshold(config.spec, config.lay)
         self.tokens = WARP // config.lanes  # of a warp
 
     @cute.jit
     def choose(
-        self, sLogits: cute.Tensor, sBias: Any, first_token: Int32, count: Int32, out: Outputs
+        self,
+        sLogits: cute.Tensor,  # (expert, owned token, K part)
+        sBias: Any,
+        sLists: Any,  # (entry, token of a warp, warp)
+        first_token: Int32,
+        count: Int32,
+        out: Outputs,
     ) -> None:
         """Route `count` owned tokens from `first_token` on; every warp takes some."""
         c = self.cfg
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        first, lane = warp * self.tokens, cute.arch.lane_idx()
+        # What follows from a known lane would be kept in registers through the product.
+        first, lane = warp * self.tokens, opaque(cute.arch.lane_idx())
         while first < count:
-            if cutlass.const_expr(c.by_words):
-                doubts = self.route(sLogits, sBias, first_token, first, count, out)
+            if cutlass.const_expr(c.by_threshold):
+                sList = sLists[None, lane // c.lanes, warp]
+                doubts = self.route(sLogits, sBias, sList, first_token, first, count, lane, out)
             else:
-                self.add(sLogits, first)
+                self.add(sLogits[None, first, None], lane)
                 put_logits(out, first_token + first, sLogits[None, first, 0], lane, WARP)
                 doubts = Int32(1)
             while doubts != 0:
-                row = first + cute.arch.popc((doubts & -doubts) - 1) // c.lanes
+                row = first + self.row(cute.arch.popc((doubts & -doubts) - 1) // c.lanes)
                 self.route_row(sLogits[None, row, 0], sBias, first_token + row, out)
                 doubts = doubts & (doubts - 1)
             first = first + c.epilogue_threads // WARP * self.tokens
@@ -58,59 +69,64 @@ class ByRows:
         self,
         sLogits: cute.Tensor,
         sBias: Any,
+        sList: cute.Tensor,
         first_token: Int32,
         first: Int32,
         count: Int32,
+        lane: Int32,
         out: Outputs,
     ) -> Int32:
-        """Route the warp's tokens by words; the bits of lanes whose token is left in doubt."""
-        lay = self.lay
-        lane = cute.arch.lane_idx() % lay.lanes
-        row = first + cute.arch.lane_idx() // lay.lanes
+        """Route the warp's tokens by a threshold; the bits of lanes whose token is in doubt."""
+        c, lay = self.cfg, self.lay
+        row, lane = first + self.row(lane // lay.lanes), lane % lay.lanes
         there = row < count  # lanes past the last token store nothing
         token = first_token + row
         source = cutlass.min(token, cute.size(out.mIds, mode=[0]) - 1)
         sBias, real = bias_of_row(sBias, out, source), is_token(out, source)
+        sParts, sActs = sLogits[None, row, None], sLogits[None, row, 0]
+        if cutlass.const_expr(c.extras.logits):
+            self.add(sParts, lane)
+            if there:
+                put_logits(out, token, sActs, lane, lay.lanes)
+            cute.arch.sync_warp()  # now they may go
+        parts = 1 if c.extras.logits else c.split_k
 
-        def keys(block):
-            # A large k has the lanes sort more than there is.
-            if cutlass.const_expr(lay.offset(block, 0) >= self.cfg.padded):
-                return [Uint32(REMOVED)] * BLOCK
-            rLogits = self.take(sLogits[None, row, None], block, lane)
-            rBias = None if sBias is None else self.read(sBias, block, lane)
-            return self.words.keys(block, lane, rLogits, rBias)
-
-        pick = lay.pick(keys, lane)
-        cute.arch.sync_warp()  # the sums of all lanes are in place
-        self.words.store(
-            pick.words,
-            sLogits[None, row, 0],
-            sBias,
-            out,
-            token,
+        rScores = self.chooser.scores(
+            lambda block: self.take(sParts, parts, block, lane),
+            None if sBias is None else lambda block: self.read(sBias, block, lane),
+            lambda block, rActs: self.write(rActs, sActs, block, lane),
             lane,
-            there and not pick.doubtful,
-            real,
         )
-        if there:
-            put_logits(out, token, sLogits[None, row, 0], lane, lay.lanes)
-        return cute.arch.vote_ballot_sync(pick.doubtful and there and lane == 0)
+        choice = self.chooser.pick(rScores, sActs, sBias, sList, lane)
+        doubtful = self.chooser.in_doubt(choice, lane, real)
+        self.chooser.store(choice, sActs, out, token, lane, there and not doubtful, real)
+        return cute.arch.vote_ballot_sync(doubtful and there and lane == 0)
+
+    def row(self, i: Int32) -> Int32:
+        """Which of its tokens the i-th lanes of a warp take.
+
+        8 lanes load 128 bytes at once. Where these are of two tokens, their rows start 16 banks
+        apart, of 32.
+        """
+        if self.cfg.lanes >= BANKS // 4:
+            return i
+        apart = BANKS // 2 // self.cfg.skew
+        return i * apart % self.tokens + i * apart // self.tokens
 
     @cute.jit
-    def add(self, sLogits: cute.Tensor, row: Int32) -> None:
-        """Sum the K parts of one token. One warp calls."""
+    def add(self, sParts: cute.Tensor, lane: Int32) -> None:
+        """Sum the K parts of a token in the place of the first. Every lane of the warp calls."""
         if cutlass.const_expr(self.cfg.split_k > 1):
-            for block in cutlass.range_constexpr(-(-self.cfg.padded // (BLOCK * WARP))):
-                self.take(sLogits[None, row, None], block, cute.arch.lane_idx())
+            for block in cutlass.range_constexpr(self.lay.blocks):
+                rLogits = self.take(sParts, self.cfg.split_k, block, lane)
+                self.write(rLogits, sParts[None, 0], block, lane)
             cute.arch.sync_warp()
 
-    def take(self, sParts: cute.Tensor, block: int, lane: Int32) -> cute.Tensor:
-        """A lane's logits of a block; sParts: (expert, K part)."""
+    def take(self, sParts: cute.Tensor, parts: int, block: int, lane: Int32) -> cute.Tensor:
+        """The sums of the first `parts` of a lane's block; sParts: (expert, K part)."""
         rLogits = self.read(sParts[None, 0], block, lane)
-        for part in range(1, self.cfg.split_k):
+        for part in range(1, parts):
             rLogits.store(rLogits.load() + self.read(sParts[None, part], block, lane).load())
-        if self.cfg.split_k > 1:
-            self.write(rLogits, sParts[None, 0], block, lane)
         return rLogits
 
     def read(self, sRow: cute.Tensor, block: int, lane: Int32) -> cute.Tensor:
@@ -144,17 +160,17 @@ class ByRows:
         for part in cutlass.range_constexpr(BLOCK // run):
             first = self.lay.first(block, part, lane)
             rRun = cute.make_tensor(rBlock.iterator + part * run, cute.make_layout(run))
-            if first < self.cfg.padded:
+            if cutlass.const_expr(self.lay.whole(block)) or first < self.cfg.padded:
                 self.run_at(sRow, first).store(rRun.load())
 
     def run_at(self, sRow: cute.Tensor, first: Int32) -> cute.Tensor:
         """A run of a row, which is 16 bytes."""
-        pointer = (sRow.iterator + first).align(VECTOR_BYTES)
+        pointer = sRow.iterator.align(VECTOR_BYTES) + cute.assume(first, divby=self.lay.run)
         return cute.make_tensor(pointer, cute.make_layout(self.lay.run))
 
     @cute.jit
     def route_row(self, sRow: cute.Tensor, sBias: Any, token: Int32, out: Outputs) -> None:
-        """Route one token by a warp. Its logits are not needed afterwards: keys take their room."""
+        """Route one token by a warp. Its row is not needed afterwards: keys take its room."""
         sKeys = cute.make_tensor(cute.recast_ptr(sRow.iterator, dtype=Uint32), sRow.layout)
         route_row(
             cute.make_tensor(sRow.iterator, cute.make_layout(self.cfg.spec.num_experts)),
@@ -164,4 +180,5 @@ class ByRows:
             is_token(out, token),
             cute.arch.lane_idx(),
             self.cfg.spec,
+            activated=self.cfg.by_threshold,
         )

@@ -78,11 +78,13 @@ def route_row(
     real: Any,
     lane: Int32,
     spec: cutlass.Constexpr[RouterSpec],
+    activated: cutlass.Constexpr = False,
 ) -> None:
     """Route one token: logits (E) and bias (E), or None, to the results of its row. One warp calls.
 
-    sKeys is shared memory for E keys, rounded up to whole warps; only groups use it. out is that of
-    the token (`of_row`), real what `is_token` says of it.
+    activated: the logits are activations already. sKeys is shared memory for E keys, rounded up to
+    whole warps; only groups use it. out is that of the token (`of_row`), real what `is_token` says
+    of it.
     """
     E, k = spec.num_experts, spec.top_k
     slots = (E + WARP - 1) // WARP
@@ -94,7 +96,7 @@ def route_row(
             rAct[i] = gLogits[lane + WARP * i].to(Float32)
     if cutlass.const_expr(spec.scoring == "softmax"):
         softmax(rAct)
-    else:
+    elif cutlass.const_expr(not activated):
         activate_all(rAct, spec.scoring)
     for i in cutlass.range_constexpr(slots):
         rKeys[i] = Uint32(REMOVED)

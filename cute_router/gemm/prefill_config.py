@@ -6,22 +6,23 @@ amount of shared memory without a word and the launch then fails.
 """
 
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 from cute_router.arch import MAX_CLUSTER
 from cute_router.extras import PLAIN, ExtrasSpec
 from cute_router.gemm.config import MAX_SMEM, TILE_K, ceil_div
 from cute_router.spec import RouterSpec
-from cute_router.topk.config import WARP
+from cute_router.topk.config import WARP, capacity
 
 if TYPE_CHECKING:
-    from cute_router.topk.lanes import Lanes
+    from cute_router.topk.sieve import Sieve
 
 MAX_MMA_EXPERTS = 256  # of one instruction, on MMA-N
 MAX_CHAIN = 32  # K blocks: 2048 products of one chain
 MAX_WHOLE_SUMS = 192  # experts: sums beside accumulators are twice 96 registers a thread, of 232
 WARPGROUP = 128  # threads
-MISC = 1024  # barriers, alignment, and a margin, in bytes
+MISC = 64  # barriers beside those of the ring, and alignment, in bytes
 
 
 def round_up(a: int, b: int) -> int:
@@ -40,7 +41,7 @@ class PrefillConfig:
     split_k:     CTAs that share the K of the same experts; with split_e they are a cluster.
     stages:      K blocks that shared memory holds, a ring.
     clusters:    of a launch, at most; they take the token tiles in turns.
-    lanes:       of a warp, that choose for one token; 32 unless `by_words`.
+    lanes:       of a warp, that choose for one token; 32 unless `by_threshold`.
     multicast:   whether the `split_e` CTAs load parts of their x tile for each other (sm_90 only).
     overlay:     whether logits take the place of the ring, which then has more stages, but no loads
                  for the next tile under way while experts are chosen (sm_90 only: on sm_100 the
@@ -120,16 +121,28 @@ class PrefillConfig:
         return self.epilogue_threads + (2 * WARP if self.blackwell else WARPGROUP)
 
     @property
-    def by_words(self) -> bool:
-        """Whether the experts' scores are independent of each other, and words decide."""
+    def by_threshold(self) -> bool:
+        """Whether the experts' scores are independent of each other, and a threshold decides."""
         return self.spec.scoring != "softmax" and self.spec.n_group == 1
 
     @property
-    def lay(self) -> "Lanes":
+    def lay(self) -> "Sieve":
         """How a token's logits lie on the lanes that choose."""
-        from cute_router.topk.lanes import Lanes  # which brings the compiler
+        from cute_router.topk.sieve import Sieve  # which brings the compiler
 
-        return Lanes(self.spec.num_experts, self.spec.top_k, self.lanes, run=4)
+        return Sieve(self.spec.num_experts, self.spec.top_k, self.lanes, run=4, ragged=False)
+
+    @property
+    def lists(self) -> tuple[int, int, int]:
+        """Room for lists of experts (entry, token of a warp, warp)."""
+        if not self.by_threshold:
+            return 0, 0, 0
+        return capacity(self.spec.top_k), WARP // self.lanes, self.epilogue_threads // WARP
+
+    @property
+    def list_bytes(self) -> int:
+        """Of an entry of those: often there is no room for larger ones."""
+        return 1 if self.spec.num_experts <= 256 else 2
 
     @property
     def padded(self) -> int:
@@ -138,12 +151,15 @@ class PrefillConfig:
 
     @property
     def pitch(self) -> int:
-        """Words from a token's logits to the next one's.
+        """Words from a token's logits to the next one's."""
+        return round_up(self.padded, WARP) + self.skew
 
-        The skew keeps apart the banks of the rows that one store of a warp writes, 128 bytes at a
-        time: rows of 4 runs from WGMMA's accumulators, of one from TMEM.
+    @property
+    def skew(self) -> int:
+        """Words that keep apart the banks of the rows that one store of a warp writes, 128 bytes at
+        a time: rows of 4 runs from WGMMA's accumulators, of one from TMEM.
         """
-        return round_up(self.padded, WARP) + (1 if self.blackwell else 4) * self.run
+        return (1 if self.blackwell else 4) * self.run
 
     @property
     def run(self) -> int:
@@ -164,7 +180,7 @@ class PrefillConfig:
     def chain(self) -> int:
         """K blocks whose products are summed by the tensor cores alone, on sm_90.
 
-        What those drop of every partial sum adds up: chains are summed in fp32 instructions.
+        What those drop of every partial sum adds up: chains are summed by fp32 instructions.
         Softmax takes shorter ones: its weights follow the logits themselves, however large.
         """
         longest = MAX_CHAIN // 2 if self.spec.scoring == "softmax" else MAX_CHAIN
@@ -187,7 +203,9 @@ class PrefillConfig:
         logits = self.split_k * self.rows * self.pitch * 4
         large = max(ring, logits) if self.overlay else ring + logits
         biases = self.padded * (8 if self.extras.second_bias else 4)
-        return large + biases + MISC
+        lists = prod(self.lists) * self.list_bytes
+        barriers = 2 * self.stages * 8
+        return large + biases + lists + barriers + MISC
 
 
 def can_implement(config: PrefillConfig) -> None:
@@ -210,7 +228,7 @@ def can_implement(config: PrefillConfig) -> None:
         raise ValueError(f"stages must be at least 2; got {c.stages}")
     if c.clusters < 1:
         raise ValueError(f"clusters must be at least 1; got {c.clusters}")
-    lanes = (4, 8, 16, 32) if c.by_words else (32,)
+    lanes = (4, 8, 16, 32) if c.by_threshold else (32,)
     if c.lanes not in lanes or WARP // c.lanes > c.owned:
         raise ValueError(
             f"lanes must be one of {lanes} and at least {WARP} / owned={c.owned}; got {c.lanes}"

@@ -35,7 +35,7 @@ import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
-from cutlass import BFloat16, Float32, Int16, Int32, Int64
+from cutlass import BFloat16, Float32, Int16, Int32, Int64, Uint8, Uint16
 from cutlass.cute.nvgpu import cpasync
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from cutlass.memory import SmemAllocator
@@ -49,7 +49,7 @@ from cute_router.gemm.prefill_sm90 import PrefillSm90
 from cute_router.gemm.prefill_sm100 import PrefillSm100
 from cute_router.topk.config import WARP
 
-EPILOGUE_REGISTERS, LOAD_REGISTERS = 232, 40  # where they are traded: 504 for 4 threads of an SM
+EPILOGUE_REGISTERS, LOAD_REGISTERS = 240, 24  # where they are traded: 504 for 4 threads of an SM
 EPILOGUE_BARRIER = 1  # named barrier of the epilogue's threads; 0 is the CTA's own
 
 
@@ -176,12 +176,16 @@ class PrefillKernel:
             sLogits = smem.allocate_tensor(Float32, logits, 16)
         biases = cute.make_layout((c.padded, 2) if c.extras.second_bias else c.padded)
         sBias = smem.allocate_tensor(Float32, biases, 16)
+        sLists = None
+        if c.by_threshold:
+            code = {1: Uint8, 2: Uint16}[c.list_bytes]
+            sLists = smem.allocate_tensor(code, cute.make_layout(c.lists), 16)
         full, free = (smem.allocate_array(Int64, c.stages, byte_alignment=8) for _ in range(2))
         done, drained, part, room = (
             smem.allocate_array(Int64, 1, byte_alignment=8) for _ in range(4)
         )
         tmem = smem.allocate_array(Int32, 1, byte_alignment=8)
-        return Shared(sX, sW, sLogits, sBias, full, free, done, drained, part, room, tmem)
+        return Shared(sX, sW, sLogits, sBias, sLists, full, free, done, drained, part, room, tmem)
 
     @cute.jit
     def init_barriers(self, s: Shared) -> None:
@@ -288,7 +292,8 @@ class PrefillKernel:
         tile = (tiles.first + turn * tiles.step) * c.tile_tokens
         first = tile + tiles.rank * c.owned
         last = cutlass.min(tile + c.tile_tokens, cute.size(out.mIds, mode=[0]))
-        self.choice.choose(s.sLogits, sBias, first, cutlass.min(last - first, c.owned), out)
+        count = cutlass.min(last - first, c.owned)
+        self.choice.choose(s.sLogits, sBias, s.sLists, first, count, out)
         self.exchange.close(s, tiles, turn, tid)
         if cutlass.const_expr(self.all_multiply) or tid < c.mma_threads:
             self.mainloop.free_held(s, tiles, turn)

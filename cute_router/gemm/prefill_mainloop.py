@@ -20,6 +20,7 @@ class Shared(NamedTuple):
     sW: cute.Tensor  # W tile, STAGE last
     sLogits: cute.Tensor  # (expert, owned token, K part); over sX and sW, or beside them
     sBias: cute.Tensor  # (expert)
+    sLists: Any  # (entry, token of a warp, warp)
     full: cute.Pointer  # barriers, one for each stage: loaded
     free: cute.Pointer  # barriers, one for each stage: read, may be loaded again
     done: cute.Pointer  # barrier: a tile's product is complete (sm_100)

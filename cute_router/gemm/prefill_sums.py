@@ -11,7 +11,7 @@ Either way the error is that of one chain, and a rounding to fp32 for each.
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, Uint32
+from cutlass import Boolean, Float32, Uint32
 
 UPPER_HALF = 0xFFFF0000
 LEAST = -3.4028234663852886e38  # finite number
@@ -20,15 +20,13 @@ LEAST = -3.4028234663852886e38  # finite number
 class WholeSums:
     """Sums in registers of their own."""
 
-    def begin(self, rAcc: cute.Tensor) -> cute.Tensor:
-        """What is kept beside the accumulators, before the first chain."""
-        rSums = cute.make_rmem_tensor_like(rAcc)
-        rSums.fill(0.0)
-        return rSums
+    starts_anew = True  # whether a chain does not add to what the accumulators hold
 
-    def zero_at(self, start: Int32) -> Int32:
-        """The block from which on accumulators count, in a chain from `start` on."""
-        return start
+    def begin(self, rAcc: cute.Tensor) -> cute.Tensor:
+        """What is kept beside the accumulators, behind the first chain."""
+        rSums = cute.make_rmem_tensor_like(rAcc)
+        rSums.store(rAcc.load())
+        return rSums
 
     def add(self, rAcc: cute.Tensor, rSums: cute.Tensor, last: Boolean) -> None:
         """Add a chain."""
@@ -42,33 +40,33 @@ class WholeSums:
 class SplitSums:
     """Sums of which the accumulators hold the rest."""
 
-    def begin(self, rAcc: cute.Tensor) -> cute.Tensor:
-        """What is kept beside the accumulators, before the first chain."""
-        rUpper = cute.make_rmem_tensor(cute.size(rAcc) // 2, Uint32)
-        rUpper.fill(0)
-        return rUpper
+    starts_anew = False
 
-    def zero_at(self, start: Int32) -> Int32:
-        """The block from which on accumulators count, in a chain from `start` on."""
-        return Int32(0)
+    def begin(self, rAcc: cute.Tensor) -> cute.Tensor:
+        """What is kept beside the accumulators, behind the first chain."""
+        rUpper = cute.make_rmem_tensor(cute.size(rAcc) // 2, Uint32)
+        self.split(rAcc, rUpper)
+        return rUpper
 
     @cute.jit
     def add(self, rAcc: cute.Tensor, rUpper: cute.Tensor, last: Boolean) -> None:
-        """Add a chain; split the sums, but for the last ones."""
+        """Add a chain."""
         for i in cutlass.range_constexpr(cute.size(rUpper)):
             rAcc[2 * i] = rAcc[2 * i] + (rUpper[i] & Uint32(UPPER_HALF)).bitcast(Float32)
             rAcc[2 * i + 1] = rAcc[2 * i + 1] + (rUpper[i] << 16).bitcast(Float32)
         if not last:
-            for i in cutlass.range_constexpr(cute.size(rUpper)):
-                first, second = self.split(rAcc, 2 * i), self.split(rAcc, 2 * i + 1)
-                rUpper[i] = first | (second >> 16)
+            self.split(rAcc, rUpper)
 
-    def split(self, rAcc: cute.Tensor, i: int) -> Uint32:
-        """Leave the rest of a sum; its upper half. Of an infinite sum any finite rest will do."""
-        upper = rAcc[i].bitcast(Uint32) & Uint32(UPPER_HALF)
-        rest = rAcc[i] - upper.bitcast(Float32)  # exact, or NaN
-        rAcc[i] = cute.arch.fmax(rest, Float32(LEAST))
-        return upper
+    def split(self, rAcc: cute.Tensor, rUpper: cute.Tensor) -> None:
+        """Leave the rest of the sums. Of an infinite one any finite rest will do."""
+        for i in range(cute.size(rUpper)):
+            halves = []
+            for j in (2 * i, 2 * i + 1):
+                upper = rAcc[j].bitcast(Uint32) & Uint32(UPPER_HALF)
+                rest = rAcc[j] - upper.bitcast(Float32)  # exact, or NaN
+                rAcc[j] = cute.arch.fmax(rest, Float32(LEAST))
+                halves.append(upper)
+            rUpper[i] = halves[0] | (halves[1] >> 16)
 
     def total(self, rAcc: cute.Tensor, rUpper: cute.Tensor) -> cute.Tensor:
         """The sums, behind the last chain."""

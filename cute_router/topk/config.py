@@ -11,6 +11,7 @@ BLOCK = 8  # entries that a lane takes at once
 MAX_ROW = 1024  # entries of a row that a few lanes hold in registers
 MAX_ROW_TOP_K = 32
 MAX_ENTRIES = 48  # of a row, that a lane holds in registers
+LIST = 16  # entries of a row's list, at least
 
 
 def dsl_type(name: str) -> Any:
@@ -64,6 +65,16 @@ def fitted(lanes: int, length: int) -> int:
     while lanes * MAX_ENTRIES < length:
         lanes *= 2
     return lanes
+
+
+def width(top_k: int) -> int:
+    """Entries of a row that `topk.sieve` sorts: k, or more."""
+    return 1 << (top_k - 1).bit_length()
+
+
+def capacity(top_k: int) -> int:
+    """Entries that it has room for on the list of those that may be among the k best."""
+    return max(2 * width(top_k), LIST)
 
 
 def dependent_launch(arch: str) -> bool:

@@ -25,14 +25,13 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Uint32
 
-from cute_router.topk.config import BLOCK
+from cute_router.topk.config import BLOCK, capacity, width
 from cute_router.topk.layout import Layout
 from cute_router.topk.network import NUMBERS, WORDS, larger, sort
 from cute_router.topk.ptx import shift_in
 from cute_router.topk.warp_sort import WarpSort
 
 BITS = 32  # of a word: entries that are marked in one
-LIST = 16  # entries of a list, at least
 
 
 class Choice(NamedTuple):
@@ -60,8 +59,8 @@ class Sieve(Layout):
         super().__init__(length, lanes, run, -(-length // (BLOCK * lanes)))
         self.top_k = top_k
         self.ragged = ragged or self.room > length
-        self.width = 1 << (top_k - 1).bit_length()
-        self.capacity = max(2 * self.width, LIST)
+        self.width = width(top_k)
+        self.capacity = capacity(top_k)
         self.span = min(lanes, self.capacity)  # lanes that share the list
         self.share = self.capacity // self.span
         self.entries = self.blocks * BLOCK  # of a lane
@@ -81,7 +80,8 @@ class Sieve(Layout):
     ) -> Choice:
         """The best entries of a row. rScores: (ENTRY) this lane's, -inf where there is none.
 
-        `score(index)` is any entry's again; sList: (capacity) Int32, of the row. Every lane of the
+        `score(index)` is any entry's again; sList: (capacity) of the row, of a type that holds an
+        index. Every lane of the
         warp calls; `lane` counts within the row.
         """
         maxima = WarpSort(self.lanes, self.width, NUMBERS).greatest(self.maxima(rScores), lane)
@@ -98,7 +98,7 @@ class Sieve(Layout):
             slot = (lane % self.span) * self.share + i
             real = slot < cut.count
             # Where the list has ended: the least word that an entry can have.
-            code = Int32(cutlass.select_(real, sList[slot], Int32(0)))
+            code = Int32(cutlass.select_(real, Int32(sList[slot]), Int32(0)))
             x = Float32(cutlass.select_(real, score(Int32(self.last) - code), -cut.minus_t))
             step = ((x + cut.minus_t) + unit).bitcast(Uint32)
             scores.append(x)
@@ -191,7 +191,8 @@ class Sieve(Layout):
             while marks != 0:
                 e = Uint32(cute.arch.bfind(marks))
                 marks = marks ^ (Uint32(1) << e)
-                sList[slot] = first - Int32(e) - Int32(e // self.run) * between
+                code = first - Int32(e) - Int32(e // self.run) * between
+                sList[slot] = sList.element_type(code)
                 slot = slot + 1
 
     @cute.jit
