@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cute_router.spec import Scoring
+from cute_router.spec import RouterSpec, Scoring
 
 FLASH = (256, 4096)  # (E, K) of DeepSeek-V4-Flash
 PRO = (384, 7168)  # and of DeepSeek-V4-Pro
@@ -43,15 +43,7 @@ class Case:
     def id(self) -> str:
         """The case as pytest names it."""
         parts = [f"E{self.E}", f"K{self.K}", f"N{self.N}", f"k{self.top_k}", self.scoring]
-        if not self.renormalize:
-            parts.append("raw")
-        if self.n_group > 1:
-            parts.append(f"groups{self.topk_group}of{self.n_group}")
-        if not self.has_bias:
-            parts.append("nobias")
-        if self.padding:
-            parts.append(f"pad{self.padding}")
-        return "-".join(parts)
+        return "-".join([*parts, *option_parts(self)])
 
     @property
     def options(self) -> dict[str, Any]:
@@ -64,6 +56,34 @@ class Case:
             "topk_group": self.topk_group,
             "routed_scaling_factor": self.factor,
         }
+
+    @property
+    def spec(self) -> RouterSpec:
+        """What kernels are compiled for."""
+        return RouterSpec(
+            self.E,
+            self.K,
+            self.top_k,
+            self.scoring,
+            self.renormalize,
+            self.has_bias,
+            self.n_group,
+            self.topk_group,
+        )
+
+
+def option_parts(router: Any) -> list[str]:
+    """What an id says of options that are not the defaults, of a `Case` or its like."""
+    parts = []
+    if not router.renormalize:
+        parts.append("raw")
+    if router.n_group > 1:
+        parts.append(f"groups{router.topk_group}of{router.n_group}")
+    if not router.has_bias:
+        parts.append("nobias")
+    if router.padding:
+        parts.append(f"pad{router.padding}")
+    return parts
 
 
 class Inputs(NamedTuple):

@@ -10,6 +10,7 @@ from random import Random
 from typing import Any
 
 import torch
+from cases import option_parts
 from torch import Tensor
 
 from cute_router.spec import Scoring
@@ -40,14 +41,7 @@ class Gate:
         """The gate as pytest names it."""
         dtype = str(self.dtype).removeprefix("torch.")
         parts = [f"N{self.N}", f"E{self.E}", f"k{self.k}", self.scoring, dtype]
-        if not self.renormalize:
-            parts.append("raw")
-        if self.n_group > 1:
-            parts.append(f"groups{self.topk_group}of{self.n_group}")
-        if not self.has_bias:
-            parts.append("nobias")
-        if self.padding:
-            parts.append(f"pad{self.padding}")
+        parts += option_parts(self)
         if not self.pdl:
             parts.append("no-pdl")
         return "-".join(parts)

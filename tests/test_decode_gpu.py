@@ -4,7 +4,6 @@ And to its contract as a launch: one kernel, no copies, no waiting, the same bit
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -26,10 +25,9 @@ from cases import (
     draw_hostile,
     ids,
 )
+from device_work import assert_neither_allocates_nor_waits, assert_one_kernel, device_work
 from oracle import assert_routing, check_decode
 from torch import Tensor
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
 from cute_router import RouterSpec, Routing, dense_decode, warmup
 
@@ -180,23 +178,11 @@ def test_tensors_decide_the_device_whichever_is_current(device):
 # --- what a call is ------------------------------------------------------------------------------
 
 
-def device_work(call: Callable[[], object]) -> list[str]:
-    """The names of everything the GPU did for `call`: kernels, copies, fills."""
-    for _ in range(2):  # the profiler may miss what happens while it starts for the first time
-        torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
-            call()
-            torch.cuda.synchronize()
-    return [event.name for event in trace.events() if event.device_type == DeviceType.CUDA]
-
-
 @pytest.mark.parametrize("case", TUNED, ids=ids)
 def test_a_call_is_one_kernel_and_nothing_else(case):
     inputs = draw(case, "cuda")
     run(case, inputs)
-    work = device_work(lambda: [run(case, inputs) for _ in range(5)])
-    assert len(work) == 5, work
-    assert len(set(work)) == 1, work
+    assert_one_kernel(lambda: run(case, inputs))
 
 
 @pytest.mark.parametrize("case", ONE_OF_EACH, ids=ids)
@@ -216,13 +202,9 @@ def test_a_captured_call_is_one_kernel_and_nothing_else(case):
 def test_a_call_with_outputs_given_allocates_nothing_and_waits_for_nothing(case):
     inputs = draw(case, "cuda")
     weights, chosen = run(case, inputs)
-    before = torch.cuda.memory_stats()["allocation.all.allocated"]
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        run(case, inputs, out_weights=weights, out_ids=chosen)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+    assert_neither_allocates_nor_waits(
+        lambda: run(case, inputs, out_weights=weights, out_ids=chosen)
+    )
 
 
 @pytest.mark.parametrize("case", TUNED + INVARIANT, ids=ids)

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 from cases import FLASH, PRO, Case, Inputs, draw
+from device_work import assert_one_kernel
 from extras_cases import BIASES, KINDS, LOGITS, draw_extras
 from oracle import assert_gated, assert_routing
-from test_decode_gpu import device_work
 from torch import Tensor
 
 from cute_router import Extras, Routing, activation_topk, dense_decode, extended, hash_route
@@ -317,9 +317,7 @@ def test_a_call_with_extras_is_one_kernel_and_waits_for_nothing(route, case, kin
         call()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    work = device_work(lambda: [call() for _ in range(5)])
-    assert len(work) == 5, work
-    assert len(set(work)) == 1, work
+    assert_one_kernel(call)
 
 
 @of_few

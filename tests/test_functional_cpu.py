@@ -4,16 +4,28 @@ The checks run before any backend is chosen, so what is refused here is refused 
 """
 
 import inspect
-import math
 
 import pytest
 import torch
+from refused import (
+    CHOOSING,
+    WEIGHING,
+    X_AND_W,
+    bias_beside,
+    elsewhere,
+    on_device,
+    outputs,
+    over_devices,
+    over_options,
+    over_tensors,
+    padded,
+    spoiled,
+)
 
 import cute_router
 from cute_router import dense_decode, dense_prefill, reference, route
 
 DENSE = [dense_decode, dense_prefill, route]
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu(capability=(8, 0)))]
 
 
 def inputs(N=5, E=40, K=64, device="cpu"):
@@ -21,21 +33,6 @@ def inputs(N=5, E=40, K=64, device="cpu"):
     x = torch.randn(N, K).bfloat16()
     W = (torch.randn(E, K) * K**-0.5).bfloat16()
     return x.to(device), W.to(device), (torch.randn(E) * 0.1).to(device)
-
-
-def misaligned(t):
-    """The same values, 2 bytes past a 16-byte boundary."""
-    storage = torch.empty(t.numel() + 8, dtype=t.dtype, device=t.device)
-    start = 1 + (-storage.data_ptr() // t.element_size()) % 8
-    moved = storage[start : start + t.numel()].view(t.shape)
-    return moved.copy_(t)
-
-
-def padded(t, stride):
-    """The same values, in rows `stride` elements apart; what lies between them is NaN."""
-    storage = torch.full((t.shape[0], stride), math.nan, dtype=t.dtype, device=t.device)
-    storage[:, : t.shape[1]] = t
-    return storage[:, : t.shape[1]]
 
 
 # --- what it returns ----------------------------------------------------------------------------
@@ -141,238 +138,37 @@ def test_the_dense_functions_share_their_signature_and_its_defaults_with_the_ref
 
 # --- what it refuses ----------------------------------------------------------------------------
 
-BAD_TENSORS = {
-    "x is no tensor": (
-        lambda x, W, b: ([[1.0]], W, b),
-        TypeError,
-        "x must be a torch.Tensor; got list",
-    ),
-    "W is no tensor": (
-        lambda x, W, b: (x, None, b),
-        TypeError,
-        "W must be a torch.Tensor; got NoneType",
-    ),
-    "bias is no tensor": (
-        lambda x, W, b: (x, W, 0.5),
-        TypeError,
-        "bias must be a torch.Tensor; got float",
-    ),
-    "x in fp16": (
-        lambda x, W, b: (x.half(), W, b),
-        TypeError,
-        "x must be torch.bfloat16; got torch.float16",
-    ),
-    "W in fp32": (
-        lambda x, W, b: (x, W.float(), b),
-        TypeError,
-        "W must be torch.bfloat16; got torch.float32",
-    ),
-    "bias in bf16": (
-        lambda x, W, b: (x, W, b.bfloat16()),
-        TypeError,
-        "bias must be torch.float32; got torch.bfloat16",
-    ),
-    "x 1-D": (
-        lambda x, W, b: (x[0], W, b),
-        ValueError,
-        r"x must be 2-D \(N, K=64\); got 1-D \(64,\)",
-    ),
-    "x 3-D": (
-        lambda x, W, b: (x[None], W, b),
-        ValueError,
-        r"x must be 2-D \(N, K=64\); got 3-D \(1, 5, 64\)",
-    ),
-    "W 1-D": (
-        lambda x, W, b: (x, W[0], b),
-        ValueError,
-        r"W must be 2-D \(E, K\); got 1-D \(64,\)",
-    ),
-    "K mismatch": (
-        lambda x, W, b: (x[:, :56], W, b),
-        ValueError,
-        r"x must be \(N, K=64\) to match W; got \(5, 56\)",
-    ),
-    "K not a multiple of 8": (
-        lambda x, W, b: (padded(x[:, :60], 64), padded(W[:, :60], 64), b),
-        ValueError,
-        r"W must be .* K a positive multiple of 8; got \(40, 60\)",
-    ),
-    "K = 0": (
-        lambda x, W, b: (x[:, :0], W[:, :0], b),
-        ValueError,
-        r"W must be .* K a positive multiple of 8; got \(40, 0\)",
-    ),
-    "E = 0": (
-        lambda x, W, b: (x, W[:0], None),
-        ValueError,
-        r"W must be .* E from 1 to 1024; got \(0, 64\)",
-    ),
-    "E = 1025": (
-        lambda x, W, b: (x, torch.zeros(1025, 64).bfloat16(), None),
-        ValueError,
-        r"W must be .* E from 1 to 1024; got \(1025, 64\)",
-    ),
-    "x transposed": (
-        lambda x, W, b: (x.T.contiguous().T, W, b),
-        ValueError,
-        r"x must be \(N, K=64\) with K contiguous .*; got .* strides \(1, 5\)",
-    ),
-    "W transposed": (
-        lambda x, W, b: (x, W.T.contiguous().T, b),
-        ValueError,
-        r"W must be \(E, K\) with K contiguous .*; got .* strides \(1, 40\)",
-    ),
-    "x with a row stride of 65": (
-        lambda x, W, b: (padded(x, 65), W, b),
-        ValueError,
-        r"x must be .* row stride that is a multiple of 8; got .* strides \(65, 1\)",
-    ),
-    "W with a row stride of 65": (
-        lambda x, W, b: (x, padded(W, 65), b),
-        ValueError,
-        r"W must be .* row stride that is a multiple of 8; got .* strides \(65, 1\)",
-    ),
-    "x misaligned": (
-        lambda x, W, b: (misaligned(x), W, b),
-        ValueError,
-        "x must start at a multiple of 16 bytes; got one plus 2 bytes",
-    ),
-    "W misaligned": (
-        lambda x, W, b: (x, misaligned(W), b),
-        ValueError,
-        "W must start at a multiple of 16 bytes; got one plus 2 bytes",
-    ),
-    "x and W misaligned alike": (
-        lambda x, W, b: (misaligned(x), misaligned(W), b),
-        ValueError,
-        "W must start at a multiple of 16 bytes",
-    ),
-    "x sparse": (
-        lambda x, W, b: (x.to_sparse(), W, b),
-        ValueError,
-        "x must be a dense .* tensor; got layout torch.sparse_coo",
-    ),
-    "x and W on neither CUDA nor CPU": (
-        lambda x, W, b: (x.to("meta"), W.to("meta"), b.to("meta")),
-        ValueError,
-        "x must be on a CUDA device or the CPU; got meta",
-    ),
-    "W elsewhere": (
-        lambda x, W, b: (x, W.to("meta"), b),
-        ValueError,
-        "W must be on (cpu|cuda:0) as x is; got meta",
-    ),
-    "bias elsewhere": (
-        lambda x, W, b: (x, W, b.to("meta")),
-        ValueError,
-        "bias must be on (cpu|cuda:0) as x is; got meta",
-    ),
-    "bias too short": (
-        lambda x, W, b: (x, W, b[:-1]),
-        ValueError,
-        r"bias must have shape \(40,\); got \(39,\)",
-    ),
-    "bias 2-D": (
-        lambda x, W, b: (x, W, b[None]),
-        ValueError,
-        r"bias must have shape \(40,\); got \(1, 40\)",
-    ),
-    "bias with gaps": (
-        lambda x, W, b: (x, W, b.repeat_interleave(2)[::2]),
-        ValueError,
-        r"bias must be contiguous; got strides \(2,\)",
-    ),
-}
-
-BAD_OPTIONS = [
-    ({"top_k": 41}, ValueError, "top_k must be from 1 to 32; got 41"),
-    ({"top_k": 0}, ValueError, "top_k must be from 1 to 32; got 0"),
-    ({"top_k": 6.0}, TypeError, "top_k must be an int; got float"),
-    ({"top_k": True}, TypeError, "top_k must be an int; got bool"),
-    ({"top_k": [6]}, TypeError, "top_k must be an int; got list"),
-    ({"routed_scaling_factor": -1.0}, ValueError, "routed_scaling_factor must be .*; got -1.0"),
-    ({"routed_scaling_factor": math.nan}, ValueError, "routed_scaling_factor must be .*; got nan"),
-    ({"routed_scaling_factor": math.inf}, ValueError, "routed_scaling_factor must be .*; got inf"),
-    (
-        {"routed_scaling_factor": 1e39},
-        ValueError,
-        "routed_scaling_factor must be .*; got 1e.39",
-    ),
-    ({"routed_scaling_factor": "1"}, TypeError, "routed_scaling_factor must be a float; got str"),
-    ({"routed_scaling_factor": True}, TypeError, "routed_scaling_factor must be .*; got bool"),
-    (
-        {"routed_scaling_factor": torch.tensor(1.0)},
-        TypeError,
-        "routed_scaling_factor must be a float; got Tensor",
-    ),
-    ({"scoring": "relu"}, ValueError, "scoring must be one of .*; got 'relu'"),
-    ({"scoring": ["sigmoid"]}, TypeError, "scoring must be one of .*; got list"),
-    ({"renormalize": 1}, TypeError, "renormalize must be a bool; got int"),
-    ({"n_group": 3}, ValueError, "n_group must divide .* got n_group=3 for 40 experts"),
-    ({"n_group": 40}, ValueError, "n_group must leave at least 2 experts in a group"),
-    ({"n_group": 4, "topk_group": 5}, ValueError, "topk_group must be from 1 to 4; got 5"),
-    ({"n_group": 10}, ValueError, "top_k must be at most 4, .*; got 6"),
-    ({"batch_invariant": None}, TypeError, "batch_invariant must be a bool; got NoneType"),
-    ({"pdl": 1}, TypeError, "pdl must be a bool; got int"),
-    (
-        {"out_weights": torch.empty(5, 6, dtype=torch.float64)},
-        TypeError,
-        "out_weights must be torch.float32; got torch.float64",
-    ),
-    (
-        {"out_ids": torch.empty(5, 6, dtype=torch.int64)},
-        TypeError,
-        "out_ids must be torch.int32; got torch.int64",
-    ),
-    (
-        {"out_weights": torch.empty(5, 8)},
-        ValueError,
-        r"out_weights must have shape \(5, 6\); got \(5, 8\)",
-    ),
-    (
-        {"out_ids": torch.empty(4, 6, dtype=torch.int32)},
-        ValueError,
-        r"out_ids must have shape \(5, 6\); got \(4, 6\)",
-    ),
-    (
-        {"out_weights": torch.empty(5, 8)[:, :6]},
-        ValueError,
-        r"out_weights must be contiguous; got strides \(8, 1\)",
-    ),
-    (
-        {"out_ids": torch.empty(5, 6, dtype=torch.int32, device="meta")},
-        ValueError,
-        "out_ids must be on (cpu|cuda:0) as x is; got meta",
-    ),
-    ({"out_weights": [0.0]}, TypeError, "out_weights must be a torch.Tensor; got list"),
-]
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("case", BAD_TENSORS)
-@pytest.mark.parametrize("dense", DENSE)
-def test_a_bad_tensor_is_refused_by_name(dense, case, device):
-    spoil, error, message = BAD_TENSORS[case]
-    with pytest.raises(error, match=message):
-        dense(*spoil(*inputs(device=device)))
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"), BAD_OPTIONS, ids=["+".join(case[0]) for case in BAD_OPTIONS]
+BAD_TENSORS = (
+    X_AND_W
+    | bias_beside("x")
+    | {
+        "W None": ({"W": lambda W: None}, TypeError, "W must be a torch.Tensor; got NoneType"),
+        "x and W on neither CUDA nor CPU": (
+            {"x": elsewhere, "W": elsewhere, "bias": elsewhere},
+            ValueError,
+            "x must be on a CUDA device or the CPU; got meta",
+        ),
+    }
 )
-@pytest.mark.parametrize("device", DEVICES)
+
+
+@over_devices
+@over_tensors(BAD_TENSORS)
+@pytest.mark.parametrize("dense", DENSE)
+def test_a_bad_tensor_is_refused_by_name(dense, spoil, error, message, device):
+    x, W, bias = inputs(device=device)
+    with pytest.raises(error, match=message):
+        dense(**spoiled({"x": x, "W": W, "bias": bias}, spoil))
+
+
+@over_devices
+@over_options([*WEIGHING, *CHOOSING, *outputs("x")])
 @pytest.mark.parametrize("dense", DENSE)
 def test_a_bad_option_is_refused_by_name(dense, options, error, message, device):
     x, W, bias = inputs(device=device)
-    for name, value in options.items():
-        if isinstance(value, torch.Tensor) and not value.is_meta:
-            moved = torch.empty_strided(
-                value.shape, value.stride(), dtype=value.dtype, device=device
-            )
-            options = options | {name: moved}
     dense(x, W, bias)  # so that a memoised good call is there to be mistaken for this one
     with pytest.raises(error, match=message):
-        dense(x, W, bias, **options)
+        dense(x, W, bias, **on_device(options, device))
 
 
 def test_true_is_not_taken_for_the_memoised_1():

@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from device_work import assert_neither_allocates_nor_waits, assert_one_kernel
 from gate_cases import BIASES, FEW, GATES, LOGITS, MANY, Gate, draw, ids
 from oracle import assert_gated
 from topk_oracle import GUARD, POISON, guarded
 from torch import Tensor
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
 from cute_router import RouterSpec, Routing, activation_topk, reference
 from cute_router import compile as compiler
@@ -290,28 +289,16 @@ def test_calls_on_two_streams_do_not_disturb_each_other():
 def test_a_call_is_one_kernel_and_nothing_else(gate):
     inputs = draw(gate, ["normal"], DEVICE)
     run(gate, *inputs)
-    for _ in range(2):  # the profiler may miss what happens while it starts for the first time
-        torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
-            for _ in range(5):
-                run(gate, *inputs)
-            torch.cuda.synchronize()
-    work = [event.name for event in trace.events() if event.device_type == DeviceType.CUDA]
-    assert len(work) == 5, work
-    assert len(set(work)) == 1, work
+    assert_one_kernel(lambda: run(gate, *inputs))
 
 
 @over_launched
 def test_a_call_with_outputs_given_allocates_nothing_and_waits_for_nothing(gate):
     inputs = draw(gate, ["normal"], DEVICE)
     weights, chosen = run(gate, *inputs)
-    before = torch.cuda.memory_stats()["allocation.all.allocated"]
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        run(gate, *inputs, out_weights=weights, out_ids=chosen)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+    assert_neither_allocates_nor_waits(
+        lambda: run(gate, *inputs, out_weights=weights, out_ids=chosen)
+    )
 
 
 # --- what is compiled ---------------------------------------------------------------------------

@@ -8,12 +8,24 @@ import math
 
 import pytest
 import torch
-from test_functional_cpu import misaligned, padded
+from refused import (
+    WEIGHING,
+    X_AND_W,
+    elsewhere,
+    gapped,
+    on_device,
+    outputs,
+    over_devices,
+    over_options,
+    over_tensors,
+    padded,
+    spoiled,
+    transposed,
+)
 
 import cute_router
 from cute_router import hash_route, reference, validate
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu(capability=(8, 0)))]
 INTEGERS = [torch.int32, torch.int64]
 
 
@@ -194,193 +206,111 @@ def test_hash_route_and_the_reference_share_their_defaults():
 
 # --- what it refuses ----------------------------------------------------------------------------
 
-BAD_TENSORS = {
+BAD_TENSORS = X_AND_W | {
     "token_ids no tensor": (
-        lambda t, table, x, W: ([1, 2], table, x, W),
+        {"token_ids": torch.Tensor.tolist},
         TypeError,
         "token_ids must be a torch.Tensor; got list",
     ),
     "token_ids in fp32": (
-        lambda t, table, x, W: (t.float(), table, x, W),
+        {"token_ids": torch.Tensor.float},
         TypeError,
         "token_ids must be torch.int32 or torch.int64; got torch.float32",
     ),
     "token_ids in int16": (
-        lambda t, table, x, W: (t.short(), table, x, W),
+        {"token_ids": torch.Tensor.short},
         TypeError,
         "token_ids must be torch.int32 or torch.int64; got torch.int16",
     ),
     "token_ids 2-D": (
-        lambda t, table, x, W: (t[None], table, x, W),
+        {"token_ids": lambda t: t[None]},
         ValueError,
         r"token_ids must be 1-D \(N,\); got 2-D \(1, 5\)",
     ),
     "token_ids with gaps": (
-        lambda t, table, x, W: (t.repeat_interleave(2)[::2], table, x, W),
+        {"token_ids": gapped},
         ValueError,
         r"token_ids must be contiguous; got strides \(2,\)",
     ),
     "token_ids on neither CUDA nor CPU": (
-        lambda t, table, x, W: (t.to("meta"), table, x, W),
+        {"token_ids": elsewhere},
         ValueError,
         "token_ids must be on a CUDA device or the CPU; got meta",
     ),
     "table no tensor": (
-        lambda t, table, x, W: (t, None, x, W),
+        {"table": lambda table: None},
         TypeError,
         "table must be a torch.Tensor; got NoneType",
     ),
     "table in bf16": (
-        lambda t, table, x, W: (t, table.bfloat16(), x, W),
+        {"table": torch.Tensor.bfloat16},
         TypeError,
         "table must be torch.int32 or torch.int64; got torch.bfloat16",
     ),
     "table 1-D": (
-        lambda t, table, x, W: (t, table[0], x, W),
+        {"table": lambda table: table[0]},
         ValueError,
         r"table must be 2-D \(vocab, k\); got 1-D \(6,\)",
     ),
     "table of 33 columns": (
-        lambda t, table, x, W: (t, table.repeat(1, 6)[:, :33].contiguous(), x, W),
+        {"table": lambda table: table.repeat(1, 6)[:, :33].contiguous()},
         ValueError,
         r"table must be .* k from 1 to 32; got \(20, 33\)",
     ),
     "table of no columns": (
-        lambda t, table, x, W: (t, table[:, :0], x, W),
+        {"table": lambda table: table[:, :0]},
         ValueError,
         r"table must be .* k from 1 to 32; got \(20, 0\)",
     ),
     "table of no rows": (
-        lambda t, table, x, W: (t, table[:0], x, W),
+        {"table": lambda table: table[:0]},
         ValueError,
         r"table must be .* vocab from 1 .*; got \(0, 6\)",
     ),
     "table transposed": (
-        lambda t, table, x, W: (t, table.T.contiguous().T, x, W),
+        {"table": transposed},
         ValueError,
         r"table must be .* contiguous rows.*; got .* strides \(1, 20\)",
     ),
     "table expanded": (
-        lambda t, table, x, W: (t, table[:1].expand(20, 6), x, W),
+        {"table": lambda table: table[:1].expand(20, 6)},
         ValueError,
         r"table must be .* k=6 elements or more apart; got .* strides \(0, 1\)",
     ),
     "table elsewhere": (
-        lambda t, table, x, W: (t, table.to("meta"), x, W),
+        {"table": elsewhere},
         ValueError,
         "table must be on (cpu|cuda:0) as token_ids is; got meta",
     ),
-    "x alone": (lambda t, table, x, W: (t, table, x, None), ValueError, "W must be given with x"),
-    "W alone": (lambda t, table, x, W: (t, table, None, W), ValueError, "x must be given with W"),
-    "x in fp16": (
-        lambda t, table, x, W: (t, table, x.half(), W),
-        TypeError,
-        "x must be torch.bfloat16; got torch.float16",
-    ),
+    "x alone": ({"W": lambda W: None}, ValueError, "W must be given with x"),
+    "W alone": ({"x": lambda x: None}, ValueError, "x must be given with W"),
     "x of other tokens": (
-        lambda t, table, x, W: (t, table, x[:4], W),
+        {"x": lambda x: x[:4]},
         ValueError,
         r"x must be \(N=5, K=64\) to match token_ids; got \(4, 64\)",
     ),
-    "K mismatch": (
-        lambda t, table, x, W: (t, table, x[:, :56], W),
-        ValueError,
-        r"x must be \(N, K=64\) to match W; got \(5, 56\)",
-    ),
-    "K not a multiple of 8": (
-        lambda t, table, x, W: (t, table, padded(x[:, :60], 64), padded(W[:, :60], 64)),
-        ValueError,
-        r"W must be .* K a positive multiple of 8; got \(40, 60\)",
-    ),
-    "E = 0": (
-        lambda t, table, x, W: (t, table, x, W[:0]),
-        ValueError,
-        r"W must be .* E from 1 to 1024; got \(0, 64\)",
-    ),
-    "x misaligned": (
-        lambda t, table, x, W: (t, table, misaligned(x), W),
-        ValueError,
-        "x must start at a multiple of 16 bytes; got one plus 2 bytes",
-    ),
-    "W transposed": (
-        lambda t, table, x, W: (t, table, x, W.T.contiguous().T),
-        ValueError,
-        r"W must be \(E, K\) with K contiguous .*; got .* strides \(1, 40\)",
-    ),
-    "x and W elsewhere": (
-        lambda t, table, x, W: (t, table, x.to("meta"), W.to("meta")),
-        ValueError,
-        "x must be on .*; got meta",
-    ),
-    "W elsewhere": (
-        lambda t, table, x, W: (t, table, x, W.to("meta")),
-        ValueError,
-        "W must be on (cpu|cuda:0) as x is; got meta",
-    ),
+    "x and W elsewhere": (dict.fromkeys("xW", elsewhere), ValueError, "x must be on .*; got meta"),
 }
 
-BAD_OPTIONS = [
-    ({"routed_scaling_factor": -1.0}, ValueError, "routed_scaling_factor must be .*; got -1.0"),
-    ({"routed_scaling_factor": math.nan}, ValueError, "routed_scaling_factor must be .*; got nan"),
-    ({"routed_scaling_factor": "1"}, TypeError, "routed_scaling_factor must be a float; got str"),
-    ({"scoring": "relu"}, ValueError, "scoring must be one of .*; got 'relu'"),
-    ({"scoring": ["sigmoid"]}, TypeError, "scoring must be one of .*; got list"),
-    ({"renormalize": 1}, TypeError, "renormalize must be a bool; got int"),
-    ({"pdl": None}, TypeError, "pdl must be a bool; got NoneType"),
-    (
-        {"out_weights": torch.empty(5, 6, dtype=torch.float64)},
-        TypeError,
-        "out_weights must be torch.float32; got torch.float64",
-    ),
-    (
-        {"out_ids": torch.empty(5, 6, dtype=torch.int64)},
-        TypeError,
-        "out_ids must be torch.int32; got torch.int64",
-    ),
-    (
-        {"out_weights": torch.empty(5, 8)},
-        ValueError,
-        r"out_weights must have shape \(5, 6\); got \(5, 8\)",
-    ),
-    (
-        {"out_ids": torch.empty(6, 5, dtype=torch.int32).T},
-        ValueError,
-        r"out_ids must be contiguous; got strides \(1, 5\)",
-    ),
-    (
-        {"out_ids": torch.empty(5, 6, dtype=torch.int32, device="meta")},
-        ValueError,
-        "out_ids must be on (cpu|cuda:0) as token_ids is; got meta",
-    ),
-]
 
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("case", BAD_TENSORS)
-def test_a_bad_tensor_is_refused_by_name(case, device):
-    spoil, error, message = BAD_TENSORS[case]
-    token_ids, table, x, W = spoil(*inputs(device=device))
+@over_devices
+@over_tensors(BAD_TENSORS)
+def test_a_bad_tensor_is_refused_by_name(spoil, error, message, device):
+    names = ("token_ids", "table", "x", "W")
+    arguments = dict(zip(names, inputs(device=device), strict=True))
     with pytest.raises(error, match=message):
-        hash_route(token_ids, table, x=x, W=W)
+        hash_route(**spoiled(arguments, spoil))
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize(
-    ("options", "error", "message"), BAD_OPTIONS, ids=["+".join(case[0]) for case in BAD_OPTIONS]
-)
-@pytest.mark.parametrize("device", DEVICES)
+@over_options([*WEIGHING, *outputs("token_ids")])
+@over_devices
 def test_a_bad_option_is_refused_by_name(options, error, message, gated, device):
     token_ids, table, x, W = inputs(device=device)
     gate = {"x": x, "W": W} if gated else {}
-    for name, value in options.items():
-        if isinstance(value, torch.Tensor) and not value.is_meta:
-            moved = torch.empty_strided(
-                value.shape, value.stride(), dtype=value.dtype, device=device
-            )
-            options = options | {name: moved}
     hash_route(token_ids, table, **gate)  # so that a memoised good call can be mistaken for this
     with pytest.raises(error, match=message):
-        hash_route(token_ids, table, **gate, **options)
+        hash_route(token_ids, table, **gate, **on_device(options, device))
 
 
 def test_more_tokens_than_kernels_count_are_refused(monkeypatch):

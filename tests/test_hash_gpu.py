@@ -10,6 +10,7 @@ from random import Random
 import pytest
 import torch
 from cases import FLASH, PRO, ROWS, Case, draw
+from device_work import assert_neither_allocates_nor_waits, assert_one_kernel
 from oracle import (
     LARGEST_SUM,
     activation_intervals,
@@ -17,8 +18,6 @@ from oracle import (
     exact_logits,
 )
 from torch import Tensor
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
 from cute_router import Routing, hash_route, reference
 from cute_router.topk import hash as hashing
@@ -352,28 +351,14 @@ def test_a_captured_graph_gives_the_eager_bits_for_what_its_inputs_hold_at_repla
 def test_a_call_is_one_kernel_and_nothing_else(make):
     inputs = make(0)
     run(inputs)
-    for _ in range(2):  # the profiler may miss what happens while it starts for the first time
-        torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
-            for _ in range(5):
-                run(inputs)
-            torch.cuda.synchronize()
-    work = [event.name for event in trace.events() if event.device_type == DeviceType.CUDA]
-    assert len(work) == 5, work
-    assert len(set(work)) == 1, work
+    assert_one_kernel(lambda: run(inputs))
 
 
 @over_calls
 def test_a_call_with_outputs_given_allocates_nothing_and_waits_for_nothing(make):
     inputs = make(0)
     weights, ids = run(inputs)
-    before = torch.cuda.memory_stats()["allocation.all.allocated"]
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        run(inputs, out_weights=weights, out_ids=ids)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+    assert_neither_allocates_nor_waits(lambda: run(inputs, out_weights=weights, out_ids=ids))
 
 
 @over_calls

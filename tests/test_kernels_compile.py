@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
+from refused import check_change, over_changes
 
 pytest.importorskip("cutlass")
 
@@ -275,13 +276,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("config", "change", "message"), REFUSED, ids=[f"{c}" for _, c, _ in REFUSED]
-)
+@over_changes(REFUSED)
 def test_a_configuration_that_cannot_run_is_refused_with_the_reason(config, change, message):
-    can_implement(config)
-    with pytest.raises(ValueError, match=message):
-        can_implement(replace(config, **change))
+    check_change(can_implement, config, change, message)
 
 
 ROWS = RadixConfig("float32", "sm_90a", cluster=16)
@@ -305,13 +302,9 @@ REFUSED_ROWS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("config", "change", "message"), REFUSED_ROWS, ids=[f"{c}" for _, c, _ in REFUSED_ROWS]
-)
+@over_changes(REFUSED_ROWS)
 def test_a_kernel_of_long_rows_that_cannot_run_is_refused_with_the_reason(config, change, message):
-    can_implement_radix(config)
-    with pytest.raises(ValueError, match=message):
-        can_implement_radix(replace(config, **change))
+    check_change(can_implement_radix, config, change, message)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100a", "sm_100f"])

@@ -27,20 +27,10 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_the_generic_backend_routes_as_the_oracle_does(case, batch_invariant):
     x, W, bias = draw(case, "cuda")
-    spec = RouterSpec(
-        case.E,
-        case.K,
-        case.top_k,
-        case.scoring,
-        case.renormalize,
-        case.has_bias,
-        case.n_group,
-        case.topk_group,
-    )
     weights = torch.full((case.N, case.top_k), -1.0, device="cuda")
     chosen = torch.full((case.N, case.top_k), -7, dtype=torch.int32, device="cuda")
     factor = case.options["routed_scaling_factor"]
-    generic.launch(x, W, bias, weights, chosen, spec, factor, batch_invariant=batch_invariant)
+    generic.launch(x, W, bias, weights, chosen, case.spec, factor, batch_invariant=batch_invariant)
     assert_routing(Routing(weights, chosen), x, W, bias, **case.options)
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from cases import FLASH, PRO, ROWS, SCORINGS, Case, Inputs, draw, draw_hostile, ids
+from device_work import assert_one_kernel
 from oracle import assert_routing
-from test_decode_gpu import device_work
 
-from cute_router import RouterSpec, Routing, dense_decode, dense_prefill, route
+from cute_router import Routing, dense_decode, dense_prefill, route
 from cute_router.arch import target_for
 
 pytestmark = pytest.mark.gpu
@@ -61,19 +61,6 @@ def options_of(case: Case, pdl: bool = True, batch_invariant: bool = False) -> t
     )
 
 
-def spec_of(case: Case) -> RouterSpec:
-    return RouterSpec(
-        case.E,
-        case.K,
-        case.top_k,
-        case.scoring,
-        case.renormalize,
-        case.has_bias,
-        case.n_group,
-        case.topk_group,
-    )
-
-
 def poisoned(case: Case) -> Routing:
     shape = (case.N, case.top_k)
     return Routing(
@@ -86,7 +73,7 @@ def run(case: Case, inputs: Inputs, **launched: bool) -> Routing:
     from cute_router.gemm import prefill
 
     out = poisoned(case)
-    prefill.launch(*inputs, *out, spec_of(case), case.factor, options_of(case, **launched))
+    prefill.launch(*inputs, *out, case.spec, case.factor, options_of(case, **launched))
     return out
 
 
@@ -161,9 +148,7 @@ def test_a_call_is_one_kernel_and_nothing_else():
     case = SIZES[2]
     inputs = draw(case, "cuda")
     call(dense_prefill, case, inputs)
-    work = device_work(lambda: [call(dense_prefill, case, inputs) for _ in range(5)])
-    assert len(work) == 5, work
-    assert len(set(work)) == 1, work
+    assert_one_kernel(lambda: call(dense_prefill, case, inputs))
 
 
 @pytest.mark.parametrize("case", [replace(SIZES[0], K=512, N=300), SIZES[9]], ids=ids)
@@ -172,7 +157,7 @@ def test_every_candidate_is_right(case):
     from cute_router.prefill_heuristics import candidates
 
     inputs = draw(case, "cuda", kinds=["normal", "ties", "nan"])
-    for config in candidates(spec_of(case), target_for(0)[1]):
+    for config in candidates(case.spec, target_for(0)[1]):
         out = poisoned(case)
         kernel = compiler.kernel(replace(config, clusters=2))  # so that each has several tiles
         kernel(*inputs, *out, case.factor)

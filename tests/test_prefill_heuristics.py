@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from refused import check_change, over_changes
 
 from cute_router.arch import MAX_CLUSTER
 from cute_router.gemm.config import MAX_SMEM, ceil_div
@@ -85,10 +86,6 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("config", "change", "message"), REFUSED, ids=[f"{c}" for _, c, _ in REFUSED]
-)
+@over_changes(REFUSED)
 def test_a_configuration_that_cannot_run_is_refused_with_the_reason(config, change, message):
-    can_implement(config)
-    with pytest.raises(ValueError, match=message):
-        can_implement(replace(config, **change))
+    check_change(can_implement, config, change, message)

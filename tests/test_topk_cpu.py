@@ -16,7 +16,21 @@ import torch
 from gate_cases import GATES, LOGITS, draw
 from gate_cases import ids as gate_ids
 from oracle import assert_gated
-from test_functional_cpu import padded
+from refused import (
+    CHOOSING,
+    WEIGHING,
+    bias_beside,
+    elsewhere,
+    floats,
+    on_device,
+    outputs,
+    over_devices,
+    over_options,
+    over_tensors,
+    padded,
+    spoiled,
+    transposed,
+)
 from topk_cases import SCORES, Size
 from topk_cases import draw as draw_scores
 from topk_oracle import BITS, assert_same_topk, check_topk, expected_topk
@@ -24,7 +38,6 @@ from topk_oracle import BITS, assert_same_topk, check_topk, expected_topk
 import cute_router
 from cute_router import TopK, activation_topk, dense_decode, reference, topk
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu(capability=(8, 0)))]
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 INTEGERS = [torch.int32, torch.int64]
 SUBMODULES = [m.name for m in pkgutil.iter_modules(sys.modules["cute_router.topk"].__path__)]
@@ -43,19 +56,6 @@ def by_the_book(row, k, length=None):
 
 def scores_on(device, *shape):
     return torch.randn(*shape).to(device)
-
-
-def on_device(options, device):
-    """The same options with tensors on a device, those of "meta" apart."""
-
-    def moved(value):
-        if isinstance(value, tuple):
-            return tuple(map(moved, value))
-        if not isinstance(value, torch.Tensor) or value.is_meta:
-            return value
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
-
-    return {name: moved(value) for name, value in options.items()}
 
 
 # --- the order ----------------------------------------------------------------------------------
@@ -211,36 +211,19 @@ def test_the_name_topk_is_the_functions_if_the_subpackage_is_imported_first():
 
 # --- what topk refuses --------------------------------------------------------------------------
 
-BAD_SCORES = {
-    "no tensor": (lambda s: s.tolist(), TypeError, "scores must be a torch.Tensor; got list"),
-    "fp64": (
-        lambda s: s.double(),
-        TypeError,
-        "scores must be torch.float32, torch.float16 or torch.bfloat16; got torch.float64",
-    ),
-    "integers": (lambda s: s.long(), TypeError, "scores must be .*; got torch.int64"),
-    "sparse": (
-        lambda s: s.to_sparse(),
-        ValueError,
-        r"scores must be a dense \(strided\) tensor; got layout torch.sparse_coo",
-    ),
-    "neither CUDA nor CPU": (
-        lambda s: s.to("meta"),
-        ValueError,
-        "scores must be on a CUDA device or the CPU; got meta",
-    ),
+BAD_SCORES = floats("scores") | {
     "no dimension": (
-        lambda s: s[0, 0],
+        {"scores": lambda s: s[0, 0]},
         ValueError,
         r"scores must be \(..., L\) with L from 1 to 1048576; got \(\)",
     ),
     "no entries": (
-        lambda s: s[:, :0],
+        {"scores": lambda s: s[:, :0]},
         ValueError,
         r"scores must be \(..., L\) with L from 1 to 1048576; got \(5, 0\)",
     ),
     "too many entries": (
-        lambda s: s[:1, :1].expand(1, 2**20 + 1),
+        {"scores": lambda s: s[:1, :1].expand(1, 2**20 + 1)},
         ValueError,
         r"scores must be \(..., L\) with L from 1 to 1048576; got \(1, 1048577\)",
     ),
@@ -309,20 +292,15 @@ BAD_TOPK_OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("case", BAD_SCORES)
-def test_bad_scores_are_refused_by_name(case, device):
-    spoil, error, message = BAD_SCORES[case]
+@over_devices
+@over_tensors(BAD_SCORES)
+def test_bad_scores_are_refused_by_name(spoil, error, message, device):
     with pytest.raises(error, match=message):
-        topk(spoil(scores_on(device, 5, 40)), 6)
+        topk(**spoiled({"scores": scores_on(device, 5, 40)}, spoil), k=6)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    BAD_TOPK_OPTIONS,
-    ids=[f"{i}-{next(iter(case[0]))}" for i, case in enumerate(BAD_TOPK_OPTIONS)],
-)
+@over_devices
+@over_options(BAD_TOPK_OPTIONS)
 def test_a_bad_option_of_topk_is_refused_by_name(options, error, message, device):
     scores = scores_on(device, 5, 40)
     topk(scores, 1)  # so that a memoised good call is there to be mistaken for this one
@@ -330,13 +308,13 @@ def test_a_bad_option_of_topk_is_refused_by_name(options, error, message, device
         topk(scores, **({"k": 6} | on_device(options, device)))
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@over_devices
 def test_more_than_4096_results_are_refused(device):
     with pytest.raises(ValueError, match="k must be from 1 to 4096; got 4097"):
         topk(scores_on(device, 1, 5000), 4097)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@over_devices
 def test_bad_options_are_refused_without_rows_too(device):
     with pytest.raises(ValueError, match="k must be from 1 to 40; got 41"):
         topk(scores_on(device, 0, 40), 41)
@@ -430,125 +408,55 @@ def test_activation_topk_shares_its_defaults(other):
 
 # --- what activation_topk refuses ---------------------------------------------------------------
 
-BAD_LOGITS = {
-    "no tensor": (lambda t, b: (None, b), TypeError, "logits must be a torch.Tensor; got NoneType"),
-    "fp64": (
-        lambda t, b: (t.double(), b),
-        TypeError,
-        "logits must be torch.float32, torch.float16 or torch.bfloat16; got torch.float64",
-    ),
-    "sparse": (
-        lambda t, b: (t.to_sparse(), b),
-        ValueError,
-        r"logits must be a dense \(strided\) tensor; got layout torch.sparse_coo",
-    ),
-    "neither CUDA nor CPU": (
-        lambda t, b: (t.to("meta"), b.to("meta")),
-        ValueError,
-        "logits must be on a CUDA device or the CPU; got meta",
-    ),
-    "1-D": (lambda t, b: (t[0], b), ValueError, r"logits must be 2-D \(N, E\); got 1-D \(40,\)"),
-    "3-D": (lambda t, b: (t[None], b), ValueError, "logits must be 2-D .*; got 3-D"),
-    "E = 0": (
-        lambda t, b: (t[:, :0], None),
-        ValueError,
-        r"logits must be \(N, E\) with E from 1 to 1024; got \(5, 0\)",
-    ),
-    "E = 1025": (
-        lambda t, b: (t[:, :1].repeat(1, 1025), None),
-        ValueError,
-        r"logits must be \(N, E\) with E from 1 to 1024; got \(5, 1025\)",
-    ),
-    "transposed": (
-        lambda t, b: (t.T.contiguous().T, b),
-        ValueError,
-        r"logits must be .* rows of unit stride, E=40 .*; got .* strides \(1, 5\)",
-    ),
-    "expanded": (
-        lambda t, b: (t[:1].expand(5, 40), b),
-        ValueError,
-        r"logits must be .* elements or more apart; got .* strides \(0, 1\)",
-    ),
-    "bias no tensor": (lambda t, b: (t, 0.5), TypeError, "bias must be a torch.Tensor; got float"),
-    "bias in bf16": (
-        lambda t, b: (t, b.bfloat16()),
-        TypeError,
-        "bias must be torch.float32; got torch.bfloat16",
-    ),
-    "bias too short": (
-        lambda t, b: (t, b[1:]),
-        ValueError,
-        r"bias must have shape \(40,\); got \(39,\)",
-    ),
-    "bias with gaps": (
-        lambda t, b: (t, b.repeat_interleave(2)[::2]),
-        ValueError,
-        r"bias must be contiguous; got strides \(2,\)",
-    ),
-    "bias elsewhere": (
-        lambda t, b: (t, b.to("meta")),
-        ValueError,
-        "bias must be on (cpu|cuda:0) as logits is; got meta",
-    ),
-}
-BAD_GATE_OPTIONS = [
-    ({"top_k": 0}, ValueError, "top_k must be from 1 to 32; got 0"),
-    ({"top_k": 33}, ValueError, "top_k must be from 1 to 32; got 33"),
-    ({"top_k": 6.0}, TypeError, "top_k must be an int; got float"),
-    ({"top_k": True}, TypeError, "top_k must be an int; got bool"),
-    ({"routed_scaling_factor": -1.0}, ValueError, "routed_scaling_factor must be .*; got -1.0"),
-    ({"routed_scaling_factor": math.inf}, ValueError, "routed_scaling_factor must be .*; got inf"),
-    ({"routed_scaling_factor": "1"}, TypeError, "routed_scaling_factor must be a float; got str"),
-    ({"scoring": "relu"}, ValueError, "scoring must be one of .*; got 'relu'"),
-    ({"scoring": ["sigmoid"]}, TypeError, "scoring must be one of .*; got list"),
-    ({"renormalize": 1}, TypeError, "renormalize must be a bool; got int"),
-    ({"n_group": 3}, ValueError, "n_group must divide .* got n_group=3 for 40 experts"),
-    ({"n_group": 4, "topk_group": 5}, ValueError, "topk_group must be from 1 to 4; got 5"),
-    ({"n_group": 10}, ValueError, "top_k must be at most 4, .*; got 6"),
-    ({"batch_invariant": None}, TypeError, "batch_invariant must be a bool; got NoneType"),
-    ({"pdl": 1}, TypeError, "pdl must be a bool; got int"),
-    (
-        {"out_weights": torch.empty(5, 6, dtype=torch.float16)},
-        TypeError,
-        "out_weights must be torch.float32; got torch.float16",
-    ),
-    (
-        {"out_ids": torch.empty(5, 6, dtype=torch.int64)},
-        TypeError,
-        "out_ids must be torch.int32; got torch.int64",
-    ),
-    (
-        {"out_weights": torch.empty(5, 8)},
-        ValueError,
-        r"out_weights must have shape \(5, 6\); got \(5, 8\)",
-    ),
-    (
-        {"out_ids": torch.empty(6, 5, dtype=torch.int32).T},
-        ValueError,
-        r"out_ids must be contiguous; got strides \(1, 5\)",
-    ),
-    (
-        {"out_ids": torch.empty(5, 6, dtype=torch.int32, device="meta")},
-        ValueError,
-        "out_ids must be on (cpu|cuda:0) as logits is; got meta",
-    ),
-]
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("case", BAD_LOGITS)
-def test_a_bad_tensor_is_refused_by_name(case, device):
-    spoil, error, message = BAD_LOGITS[case]
-    with pytest.raises(error, match=message):
-        activation_topk(*spoil(scores_on(device, 5, 40), scores_on(device, 40)))
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    BAD_GATE_OPTIONS,
-    ids=["+".join(case[0]) for case in BAD_GATE_OPTIONS],
+BAD_LOGITS = (
+    floats("logits")
+    | bias_beside("logits")
+    | {
+        "logits and bias on neither CUDA nor CPU": (
+            {"logits": elsewhere, "bias": elsewhere},
+            ValueError,
+            "logits must be on a CUDA device or the CPU; got meta",
+        ),
+        "1-D": (
+            {"logits": lambda t: t[0]},
+            ValueError,
+            r"logits must be 2-D \(N, E\); got 1-D \(40,\)",
+        ),
+        "3-D": ({"logits": lambda t: t[None]}, ValueError, "logits must be 2-D .*; got 3-D"),
+        "E = 0": (
+            {"logits": lambda t: t[:, :0]},
+            ValueError,
+            r"logits must be \(N, E\) with E from 1 to 1024; got \(5, 0\)",
+        ),
+        "E = 1025": (
+            {"logits": lambda t: t[:, :1].repeat(1, 1025)},
+            ValueError,
+            r"logits must be \(N, E\) with E from 1 to 1024; got \(5, 1025\)",
+        ),
+        "transposed": (
+            {"logits": transposed},
+            ValueError,
+            r"logits must be .* rows of unit stride, E=40 .*; got .* strides \(1, 5\)",
+        ),
+        "expanded": (
+            {"logits": lambda t: t[:1].expand(5, 40)},
+            ValueError,
+            r"logits must be .* elements or more apart; got .* strides \(0, 1\)",
+        ),
+    }
 )
+
+
+@over_devices
+@over_tensors(BAD_LOGITS)
+def test_a_bad_tensor_is_refused_by_name(spoil, error, message, device):
+    arguments = {"logits": scores_on(device, 5, 40), "bias": scores_on(device, 40)}
+    with pytest.raises(error, match=message):
+        activation_topk(**spoiled(arguments, spoil))
+
+
+@over_devices
+@over_options([*WEIGHING, *CHOOSING, *outputs("logits")])
 def test_a_bad_option_of_a_gate_is_refused_by_name(options, error, message, device):
     logits = scores_on(device, 5, 40)
     activation_topk(logits, top_k=1)  # so that a memoised good call can be mistaken for this one
@@ -556,7 +464,7 @@ def test_a_bad_option_of_a_gate_is_refused_by_name(options, error, message, devi
         activation_topk(logits, **on_device(options, device))
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@over_devices
 def test_a_bad_bias_is_refused_without_tokens_too(device):
     with pytest.raises(ValueError, match="bias must have shape"):
         activation_topk(scores_on(device, 0, 40), scores_on(device, 39))

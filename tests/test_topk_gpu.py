@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from device_work import assert_neither_allocates_nor_waits, assert_one_kernel
 from topk_cases import (
     BF16,
     I32,
@@ -26,8 +27,6 @@ from topk_cases import (
 )
 from topk_oracle import assert_same_topk, check_topk, expected_topk
 from torch import Tensor
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
 from cute_router import TopK, topk
 from cute_router import compile as compiler
@@ -251,28 +250,14 @@ def test_calls_on_two_streams_do_not_disturb_each_other():
 def test_a_call_is_one_kernel_and_nothing_else(size):
     scores = draw(size, "normal", DEVICE)
     run(size, scores)
-    for _ in range(2):  # the profiler may miss what happens while it starts for the first time
-        torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
-            for _ in range(5):
-                run(size, scores)
-            torch.cuda.synchronize()
-    work = [event.name for event in trace.events() if event.device_type == DeviceType.CUDA]
-    assert len(work) == 5, work
-    assert len(set(work)) == 1, work
+    assert_one_kernel(lambda: run(size, scores))
 
 
 @over_launched
 def test_a_call_with_outputs_given_allocates_nothing_and_waits_for_nothing(size):
     scores = draw(size, "normal", DEVICE)
     out = run(size, scores)
-    before = torch.cuda.memory_stats()["allocation.all.allocated"]
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        run(size, scores, out=out)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+    assert_neither_allocates_nor_waits(lambda: run(size, scores, out=out))
 
 
 # --- what is compiled ---------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from plans import as_on_an_h200
 
 import cute_router
 from cute_router import RouterSpec, cpu
@@ -278,13 +279,7 @@ def test_tune_serves_large_batches_by_the_prefill_kernel(hopper):
 
 
 def test_a_choice_takes_effect_where_plans_were_made_before(hopper, monkeypatch):
-    asked = []
-    monkeypatch.setattr(decode, "target_for", lambda device: ("sm_90", "sm_90a"))
-    monkeypatch.setattr(decode, "max_cluster", lambda device: 16)
-    monkeypatch.setattr(decode, "workspace", lambda device: None)
-    monkeypatch.setattr(decode.torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(decode.compiler, "kernel", asked.append)
-    decode.plan_of.cache_clear()
+    asked = as_on_an_h200(monkeypatch)
     call = (64, 128, True, 6, "sqrtsoftplus", True, 1, 1, False, True, 8, 0)
     decode.plan_of(*call)
     hopper[SECOND] = 2.0

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from plans import as_on_an_h200
 
 from cute_router import RouterSpec
 from cute_router import compile as compiler
@@ -319,15 +320,8 @@ def test_processes_that_write_at_once_lose_nothing_and_tear_nothing():
 @pytest.fixture
 def hopper(monkeypatch) -> Iterator[list[DecodeConfig]]:
     """An H200 as far as plans are concerned; the configurations whose kernels they ask for."""
-    asked: list[DecodeConfig] = []
     monkeypatch.setattr(store, "gpu_of", lambda device: GPU)
-    monkeypatch.setattr(decode, "target_for", lambda device: ("sm_90", "sm_90a"))
-    monkeypatch.setattr(decode, "max_cluster", lambda device: 16)
-    monkeypatch.setattr(decode, "workspace", lambda device: None)
-    monkeypatch.setattr(decode.torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(decode.compiler, "kernel", asked.append)
-    decode.plan_of.cache_clear()
-    yield asked
+    yield as_on_an_h200(monkeypatch)
     decode.plan_of.cache_clear()
 
 

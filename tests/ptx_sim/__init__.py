@@ -2,6 +2,8 @@
 
     parser -> operations, program     text to basic blocks, each a Python function over 32 lanes
     machine, warp                     clusters, CTAs, warps and the loop that runs them
+    access, copies, collectives,      what a warp does beyond arithmetic: to memory, among its
+    synchronisation, mma              lanes, with other warps, and with the tensor cores
     memory, barriers, tensor          shared, global and tensor memory; mbarriers; TMA and MMA
     proxies                           what needs a fence between threads and TMA or MMA
     engine                            asynchronous operations: eager, lazy or in random order

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+Lanes = np.ndarray  # one value for each lane
 WARP = 32
 ALL = np.ones(WARP, bool)  # tested by identity: every lane is active
 LANES = np.arange(WARP, dtype=np.uint32)

@@ -57,13 +57,7 @@ def simulate(
     scratch[:TICKETS] = 0
     results, extra = Results(memory, N, k, c.extras), ExtraParams(memory, extras)
 
-    def matrix(name: str, values: Tensor, rows: int) -> tuple[TensorMap, bytes]:
-        """A tensor map, and the sizes of the coordinate tensor that goes with it."""
-        bits = values.contiguous().view(torch.int16).numpy().view(np.uint16)
-        sizes = struct.pack("<2i", *values.shape)
-        return TensorMap(name, bits, values.shape[1], rows, after_wait=name == "x"), sizes
-
-    params = [*matrix("W", W, c.tile_experts), *matrix("x", x, c.tile_tokens)]
+    params = [*tma_params("W", W, c.tile_experts), *tma_params("x", x, c.tile_tokens)]
     if bias is not None:
         params.append(tensor_param(memory, "bias", bias.numpy().view(np.uint32).copy()))
     params += results.params
@@ -82,6 +76,13 @@ def simulate(
     check_scratch(scratch)
     extra.finish()
     return results.routing()
+
+
+def tma_params(name: str, matrix: Tensor, rows: int) -> tuple[TensorMap, bytes]:
+    """A tensor map of boxes of `rows`, and the sizes of the coordinate tensor that goes with it."""
+    bits = matrix.contiguous().view(torch.int16).numpy().view(np.uint16)
+    sizes = struct.pack("<2i", *matrix.shape)
+    return TensorMap(name, bits, matrix.shape[1], rows, after_wait=name == "x"), sizes
 
 
 def tensor_param(

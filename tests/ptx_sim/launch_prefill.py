@@ -3,19 +3,17 @@
 import struct
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from cute_router import Extras, Routing
 from cute_router.gemm.config import ceil_div
 from cute_router.gemm.prefill_config import PrefillConfig
 from ptx_sim.engine import policy_of
-from ptx_sim.launch import ptx_of, tensor_param
+from ptx_sim.launch import ptx_of, tensor_param, tma_params
 from ptx_sim.machine import Machine
 from ptx_sim.memory import GlobalMemory
 from ptx_sim.program import load
 from ptx_sim.results import DEPENDENT, ExtraParams, Results
-from ptx_sim.tensor import TensorMap
 
 
 def simulate_prefill(
@@ -34,14 +32,8 @@ def simulate_prefill(
     memory = GlobalMemory()
     results, extra = Results(memory, N, k, c.extras), ExtraParams(memory, extras)
 
-    def matrix(name: str, values: Tensor, rows: int) -> tuple[TensorMap, bytes]:
-        """A tensor map, and the sizes of the coordinate tensor that goes with it."""
-        bits = values.contiguous().view(torch.int16).numpy().view(np.uint16)
-        sizes = struct.pack("<2i", *values.shape)
-        return TensorMap(name, bits, values.shape[1], rows, after_wait=name == "x"), sizes
-
     rows = c.tile_tokens // c.split_e if c.multicast else c.tile_tokens
-    params = [*matrix("x", x, rows), *matrix("W", W, c.tile_experts)]
+    params = [*tma_params("x", x, rows), *tma_params("W", W, c.tile_experts)]
     if bias is not None:
         params.append(tensor_param(memory, "bias", bias.numpy().view(np.uint32).copy()))
     params += [*results.params, struct.pack("<f", factor), *extra.params]

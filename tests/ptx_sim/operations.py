@@ -1,78 +1,82 @@
-"""Each PTX instruction as Python source: arithmetic as an expression, effects as a method call.
+"""Each PTX instruction as Python source: arithmetic as an expression, effects as a call.
 
-Arithmetic never needs the mask of active lanes (see `program`). Everything else is a method of
-`Warp`, which gets the line, the mask `m`, the opcode and the operands, and returns a tuple of
-destination values; a gate returns what has to be waited for, or None.
+Arithmetic never needs the mask of active lanes (see `program`). Everything else is a function of a
+warp (see `warp`), which gets the line, the mask `m`, the opcode and the operands, and returns a
+tuple of destination values; a gate returns what has to be waited for, or None.
 """
 
-from ptx_sim import lanes
+from collections.abc import Callable
+from typing import Any
+
+from ptx_sim import access, collectives, copies, lanes, mma, synchronisation
 from ptx_sim.errors import Unsupported
 from ptx_sim.parser import Address, Immediate, Instruction, Operand, Register, Symbol, Vector
 
+Call = Callable[..., Any]
 TMA = "cp.async.bulk.tensor.2d"
 
-# Opcode prefix -> (method of `Warp`, operands that are destinations). The longest prefix counts.
+# Opcode prefix -> (function, operands that are destinations). The longest prefix counts.
 EFFECTS = {
-    "ld.shared": ("load_shared", 1),
-    "st.shared": ("store_shared", 0),
-    "ld.global": ("load_global", 1),
-    "ld.relaxed.gpu.global": ("load_global", 1),
-    "st.global": ("store_global", 0),
-    "st.relaxed.gpu.global": ("store_global", 0),
-    "st.shared::cluster": ("store_peer", 0),
-    "atom.relaxed.gpu.global.inc.u32": ("atomic_inc", 1),
-    "atom.relaxed.cta.shared::cta.add.u32": ("atomic_add", 1),
-    "red.relaxed.cta.shared::cta.add.u32": ("reduce_add", 0),
-    "red.relaxed.cluster.shared::cluster.add.u32": ("reduce_add", 0),
-    "mapa.shared::cluster.u32": ("mapa", 1),
-    "elect.sync": ("elect", 2),
-    "shfl.sync": ("shuffle", 1),
-    "redux.sync": ("reduce", 1),
-    "vote.sync": ("vote", 1),
-    "bar.warp.sync": ("converge", 0),
-    "bar.arrive": ("bar_arrive", 0),
-    "barrier.cluster.arrive": ("cluster_arrive", 0),
-    "mbarrier.init.shared": ("barrier_init", 0),
-    "mbarrier.arrive.shared": ("barrier_arrive", 1),
-    "mbarrier.arrive.release.cluster.shared::cluster": ("barrier_arrive_peer", 0),
-    "mbarrier.arrive.relaxed.cluster.shared::cluster": ("barrier_arrive_peer", 0),
-    "mbarrier.arrive.expect_tx.shared": ("barrier_expect", 1),
-    f"{TMA}.shared::c": ("load_tensor", 0),
+    "ld.shared": (access.load_shared, 1),
+    "st.shared": (access.store_shared, 0),
+    "ld.global": (access.load_global, 1),
+    "ld.relaxed.gpu.global": (access.load_global, 1),
+    "st.global": (access.store_global, 0),
+    "st.relaxed.gpu.global": (access.store_global, 0),
+    "st.shared::cluster": (access.store_peer, 0),
+    "atom.relaxed.gpu.global.inc.u32": (access.atomic_inc, 1),
+    "atom.relaxed.cta.shared::cta.add.u32": (access.atomic_add, 1),
+    "red.relaxed.cta.shared::cta.add.u32": (access.reduce_add, 0),
+    "red.relaxed.cluster.shared::cluster.add.u32": (access.reduce_add, 0),
+    "mapa.shared::cluster.u32": (access.mapa, 1),
+    "elect.sync": (collectives.elect, 2),
+    "shfl.sync": (collectives.shuffle, 1),
+    "redux.sync": (collectives.reduce, 1),
+    "vote.sync": (collectives.vote, 1),
+    "bar.warp.sync": (collectives.converge, 0),
+    "bar.arrive": (synchronisation.bar_arrive, 0),
+    "barrier.cluster.arrive": (synchronisation.cluster_arrive, 0),
+    "mbarrier.init.shared": (synchronisation.barrier_init, 0),
+    "mbarrier.arrive.shared": (synchronisation.barrier_arrive, 1),
+    "mbarrier.arrive.release.cluster.shared::cluster": (synchronisation.barrier_arrive_peer, 0),
+    "mbarrier.arrive.relaxed.cluster.shared::cluster": (synchronisation.barrier_arrive_peer, 0),
+    "mbarrier.arrive.expect_tx.shared": (synchronisation.barrier_expect, 1),
+    f"{TMA}.shared::c": (copies.load_tensor, 0),
     f"{TMA}.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster": (
-        "multicast_tensor",
+        copies.multicast_tensor,
         0,
     ),
-    "cp.async.cg.shared.global": ("copy_async", 0),
-    "cp.async.commit_group": ("copy_commit", 0),
-    "cp.async.wait_group": ("copy_wait", 0),
-    "st.async": ("store_async", 0),
-    "griddepcontrol.wait": ("grid_wait", 0),
-    "griddepcontrol.launch_dependents": ("nothing", 0),
-    "fence.mbarrier_init": ("fence_inits", 0),
-    "fence.proxy.async": ("fence_proxy", 0),
-    "fence.acq_rel": ("nothing", 0),
-    "prefetch.tensormap": ("nothing", 0),
-    "setmaxnreg": ("nothing", 0),
-    "wgmma.fence": ("nothing", 0),
-    "wgmma.commit_group": ("wgmma_commit", 0),
-    "tcgen05.fence::before_thread_sync": ("fence_before", 0),
-    "tcgen05.fence::after_thread_sync": ("fence_after", 0),
-    "tcgen05.wait::ld": ("converge", 0),
-    "tcgen05.alloc": ("tmem_alloc", 0),
-    "tcgen05.dealloc": ("tmem_free", 0),
-    "tcgen05.relinquish_alloc_permit": ("tmem_relinquish", 0),
-    "tcgen05.mma.cta_group::1.kind::f16": ("mma", 0),
-    "tcgen05.commit.cta_group::1": ("mma_commit", 0),
-    "tcgen05.ld": ("tmem_load", 1),
+    "cp.async.cg.shared.global": (copies.copy_async, 0),
+    "cp.async.commit_group": (copies.copy_commit, 0),
+    "cp.async.wait_group": (copies.copy_wait, 0),
+    "st.async": (copies.store_async, 0),
+    "griddepcontrol.wait": (synchronisation.grid_wait, 0),
+    "griddepcontrol.launch_dependents": (synchronisation.nothing, 0),
+    "fence.mbarrier_init": (synchronisation.fence_inits, 0),
+    "fence.proxy.async": (synchronisation.fence_proxy, 0),
+    "fence.acq_rel": (synchronisation.nothing, 0),
+    "prefetch.tensormap": (synchronisation.nothing, 0),
+    "setmaxnreg": (synchronisation.nothing, 0),
+    "wgmma.fence": (synchronisation.nothing, 0),
+    "wgmma.commit_group": (mma.wgmma_commit, 0),
+    "tcgen05.fence::before_thread_sync": (synchronisation.fence_before, 0),
+    "tcgen05.fence::after_thread_sync": (synchronisation.fence_after, 0),
+    "tcgen05.wait::ld": (collectives.converge, 0),
+    "tcgen05.alloc": (mma.tmem_alloc, 0),
+    "tcgen05.dealloc": (mma.tmem_free, 0),
+    "tcgen05.relinquish_alloc_permit": (mma.tmem_relinquish, 0),
+    "tcgen05.mma.cta_group::1.kind::f16": (mma.mma, 0),
+    "tcgen05.commit.cta_group::1": (mma.mma_commit, 0),
+    "tcgen05.ld": (mma.tmem_load, 1),
 }
 # The same for gates; of their destinations there is only try_wait's predicate, then true.
 GATES = {
-    "gate.poll": "poll",
-    "bar.sync": "bar_sync",
-    "barrier.cluster.wait": "cluster_wait",
-    "mbarrier.try_wait.parity": "barrier_wait",
-    "wgmma.mma_async": "wgmma",
-    "wgmma.wait_group": "wgmma_wait",
+    "gate.poll": access.poll,
+    "bar.sync": synchronisation.bar_sync,
+    "barrier.cluster.wait": synchronisation.cluster_wait,
+    "mbarrier.try_wait.parity": synchronisation.barrier_wait,
+    "wgmma.mma_async": mma.wgmma,
+    "wgmma.wait_group": mma.wgmma_wait,
 }
 
 COMPARE = {
@@ -112,15 +116,15 @@ FLOAT = {
 HALVES = ("f16", "bf16")
 
 
-def effect(opcode: str) -> tuple[str, int] | None:
-    """(method, destinations) of an instruction that is not mere arithmetic, no gate."""
+def effect(opcode: str) -> tuple[Call, int] | None:
+    """(function, destinations) of an instruction that is not mere arithmetic, no gate."""
     found = [prefix for prefix in EFFECTS if opcode.startswith(prefix)]
     return EFFECTS[max(found, key=len)] if found else None
 
 
-def gate(opcode: str) -> str | None:
-    """The method of a gate."""
-    return next((name for prefix, name in GATES.items() if opcode.startswith(prefix)), None)
+def gate(opcode: str) -> Call | None:
+    """The function of a gate."""
+    return next((function for prefix, function in GATES.items() if opcode.startswith(prefix)), None)
 
 
 def is_gate(instruction: Instruction) -> bool:
@@ -169,7 +173,7 @@ class Emitter:
 
     def __init__(self, slots: dict[str, int], namespace: dict[str, object]):
         self.slots = slots
-        self.namespace = namespace  # of the functions: constants go there
+        self.namespace = namespace  # of the source: constants and what it calls go there
         self.lines: list[str] = []
         self.have: dict[tuple[str, str], str] = {}  # (register, type) -> local variable
         self.written: set[str] = set()
@@ -182,8 +186,8 @@ class Emitter:
             if instruction.opcode.startswith("bra"):
                 if instruction.guard is not None:
                     result = self.guard(instruction)
-            elif method := gate(instruction.opcode):
-                result = self.gate(method, instruction)
+            elif function := gate(instruction.opcode):
+                result = self.gate(function, instruction)
             elif instruction.opcode not in ("ret", "exit"):
                 self.emit(instruction)
         kept = sorted(self.written & live, key=self.slots.__getitem__)
@@ -255,14 +259,14 @@ class Emitter:
     def emit(self, instruction: Instruction) -> None:
         """One instruction that is neither branch nor gate."""
         if found := effect(instruction.opcode):
-            self.call(instruction, *found)
+            self.effect(instruction, *found)
             return
         if instruction.opcode.startswith("ld.param"):
             size = int(instruction.parts[-1][1:]) // 8
             target, address = instruction.operands
             for i, name in enumerate(registers(target)):
                 place = f"'{address.base.name}', {address.offset + i * size}, {size}"
-                self.put(name, f"u{size}", f"w.load_param({place})")
+                self.put(name, f"u{size}", self.call(access.load_param, [place]))
             return
         if instruction.parts[0] == "mov" and isinstance(instruction.operands[0], Vector):
             low, high = instruction.operands[0].items
@@ -376,7 +380,7 @@ class Emitter:
     # --- effects --------------------------------------------------------------------------------
 
     def arguments(self, operands: tuple[Operand, ...], literal: str = "u4") -> list[str]:
-        """Operands as a method of `Warp` takes them: arrays, sums for addresses, tuples."""
+        """Operands as these functions take them: arrays, sums for addresses, tuples."""
         found = []
         for operand in operands:
             match operand:
@@ -394,14 +398,21 @@ class Emitter:
                     found.append(self.constant(value, literal))
         return found
 
-    def call(self, instruction: Instruction, method: str, count: int) -> None:
-        """A method of `Warp`, and its results into registers."""
+    def call(self, function: Call, arguments: list[str]) -> str:
+        """A call of a function of a warp."""
+        name = function.__name__
+        known = self.namespace.setdefault(name, function)
+        assert known is function, f"two functions are called {name}"
+        return f"{name}({', '.join(['w', *arguments])})"
+
+    def effect(self, instruction: Instruction, function: Call, count: int) -> None:
+        """The call of an effect, and its results into registers."""
         targets = registers(Vector(instruction.operands[:count]))
         literal = "u8" if instruction.parts[0] == "st" and instruction.parts[-1] == "b64" else "u4"
         arguments = self.arguments(instruction.operands[count:], literal)
         mask = f"m & {self.guard(instruction)}" if instruction.guard else "m"
         head = [str(instruction.line), mask, repr(instruction.opcode)]
-        call = f"w.{method}({', '.join(head + arguments)})"
+        call = self.call(function, head + arguments)
         if not targets:
             self.lines.append(call)
             return
@@ -416,19 +427,19 @@ class Emitter:
             widened = "" if kind != "u8" else extended if signed else ".astype('u8')"
             self.put(target, kind, f"{results}[{i}]{widened}")
 
-    def gate(self, method: str, instruction: Instruction) -> str:
+    def gate(self, function: Call, instruction: Instruction) -> str:
         """The call that ends a block whose last instruction may have to wait."""
         if instruction.guard is not None:
             raise Unsupported(f"@ {instruction.opcode}")
         operands = instruction.operands
         head = [str(instruction.line), "m", repr(instruction.opcode)]
-        if method == "barrier_wait":
+        if function is synchronisation.barrier_wait:
             self.put(operands[0].name, "p", "lanes.ALL")
             operands = operands[1:]
-        if method == "wgmma":  # works on the registers themselves, and later
+        if function is mma.wgmma:  # works on the registers themselves, and later
             accumulators = registers(operands[0])
             for register in accumulators:
                 self.get(register, "u4")
             head.append(repr([self.slots[register] for register in accumulators]))
             operands = operands[1:]
-        return f"w.{method}({', '.join(head + self.arguments(operands))})"
+        return self.call(function, head + self.arguments(operands))

@@ -1,0 +1,122 @@
+"""Copies that are under way while the warp goes on: cp.async, st.async and TMA."""
+
+import numpy as np
+
+from ptx_sim import lanes
+from ptx_sim.access import global_array, word_count
+from ptx_sim.errors import Hazard, Misuse, Unsupported
+from ptx_sim.lanes import Lanes
+from ptx_sim.memory import WINDOW
+from ptx_sim.proxies import STRANGERS
+from ptx_sim.warp import Warp
+
+# --- cp.async ------------------------------------------------------------------------------------
+
+
+def copy_async(warp: Warp, line: int, m: Lanes, opcode: str, to, source, whole, size) -> tuple:
+    """16 bytes of each lane, or as many zeros."""
+    warp.line = line
+    if (whole[m] != 16).any() or ((size[m] != 16) & (size[m] != 0)).any():
+        raise Unsupported(f"{opcode} of neither 16 bytes nor none")
+    reads = m & (size == 16)
+    shared, array = warp.cta.shared, global_array(warp, source, reads) if reads.any() else None
+    shared.index(to, m, 4)  # out of bounds: say so here
+    if array is not None:
+        array.index(source, reads, 4)
+
+    def land() -> None:
+        warp.cta.alive(f"a cp.async of {warp} lands")
+        values = (np.zeros(lanes.WARP, np.uint32),) * 4
+        if array is not None:
+            words = array.load(source, reads, 4)
+            values = tuple(np.where(reads, word, 0).astype(np.uint32) for word in words)
+        shared.store_generic(to, m, values, warp.threads, warp.tick())
+
+    warp.copies[-1].append(land)
+    warp.machine.engine.submit(land)
+    return ()
+
+
+def copy_commit(warp: Warp, line: int, m: Lanes, opcode: str) -> tuple:
+    warp.whole(line, m, opcode)
+    warp.copies.append([])
+    return ()
+
+
+def copy_wait(warp: Warp, line: int, m: Lanes, opcode: str, pending: Lanes) -> tuple:
+    """The oldest groups have landed, until only `pending` are under way."""
+    warp.whole(line, m, opcode)
+    while len(warp.copies) - 1 > int(pending[0]):
+        for land in warp.copies.popleft():
+            warp.machine.engine.finish(land)
+    return ()
+
+
+# --- st.async ------------------------------------------------------------------------------------
+
+
+def store_async(warp: Warp, line: int, m: Lanes, opcode: str, address, value, barrier) -> tuple:
+    warp.line = line
+    word_count(opcode)
+    values = value if isinstance(value, tuple) else (value,)
+    for target in set(barrier[m].tolist()):
+        active = m & (barrier == target)
+        cta = warp.cta.cluster.cta(target)
+
+        def arrive(cta=cta, active=active, target=target) -> None:
+            cta.alive(f"a st.async of {warp} arrives")
+            cta.shared.store_generic(address, active, values, STRANGERS, warp.tick())
+            signal = cta.barrier(target)
+            signal.remote |= cta is not warp.cta
+            signal.complete(4 * len(values) * int(active.sum()))
+
+        warp.machine.engine.submit(arrive)
+    return ()
+
+
+# --- TMA -----------------------------------------------------------------------------------------
+
+
+def load_tensor(
+    warp: Warp, line: int, m: Lanes, opcode: str, to, name, at, barrier, *_hint
+) -> tuple:
+    warp.line = line
+    for lane in np.flatnonzero(m):
+        load_box(warp, lane, to, name, at, barrier)
+    return ()
+
+
+def multicast_tensor(
+    warp: Warp, line: int, m: Lanes, opcode: str, to, name, at, barrier, mask, *_hint
+) -> tuple:
+    """The same box to the same place of every CTA of a mask, each of whose barriers counts."""
+    warp.line = line
+    place = np.uint32((1 << WINDOW) - 1)
+    for lane in np.flatnonzero(m):
+        for rank in range(16):
+            if int(mask[lane]) >> rank & 1:
+                window = np.uint32(rank << WINDOW)
+                load_box(warp, lane, to & place | window, name, at, barrier & place | window)
+    return ()
+
+
+def load_box(warp: Warp, lane: int, to: Lanes, name: Lanes, at, barrier: Lanes) -> None:
+    """One TMA load, of one box to one CTA."""
+    tensor_map = warp.machine.maps.get(int(name[lane]))
+    if tensor_map is None:
+        raise Misuse(f"{int(name[lane]):#x} is no tensor map")
+    if tensor_map.after_wait and not warp.grid_waited:
+        raise Hazard(f"{tensor_map.name} is loaded before griddepcontrol.wait")
+    cta = warp.cta.cluster.cta(int(to[lane]))
+    target, signal = int(to[lane]), int(barrier[lane])
+    column, row = (int(c[lane]) for c in at)
+    span = cta.shared.span(target, tensor_map.box_bytes)
+    cta.shared.proxies.load_starts(span, warp.issue(lane))
+
+    def arrive() -> None:
+        cta.alive(f"a TMA load of {tensor_map.name} arrives")
+        cta.shared.proxies.load_lands(span)
+        tensor_map.write(cta.shared, target, tensor_map.box(column, row))
+        cta.barrier(signal).complete(tensor_map.box_bytes)
+
+    warp.machine.engine.submit(arrive)
