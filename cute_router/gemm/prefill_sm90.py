@@ -142,68 +142,58 @@ class PrefillSm90(PrefillMainloop):
         tCrX = mma.make_fragment_A(thr.partition_A(s.sX))  # (MMA, MMA_M, MMA_K, STAGE)
         tCrW = mma.make_fragment_B(thr.partition_B(s.sW))  # (MMA, MMA_N, MMA_K, STAGE)
         rAcc = cute.make_rmem_tensor(thr.partition_shape_C(self.tile[:2]), Float32)
+        rAcc.fill(0.0)  # never read, but dead before: the choice of experts needs the registers
         at = self.ring(turn * c.k_blocks)
-        end = Int32(c.chain)
-        at = self.multiply_chain(s, rAcc, tCrX, tCrW, tiles, Int32(0), end, at, True)
         if cutlass.const_expr(c.chain == c.k_blocks):
+            zero, whole = Int32(0), Int32(c.k_blocks)
+            self.multiply_chain(s, rAcc, tCrX, tCrW, tiles, zero, whole, zero, at)
             return rAcc
         rSums = self.sums.begin(rAcc)
-        start, blocks = opaque(Int32(c.chain)), Int32(c.k_blocks)
-        while start < blocks:
-            end = cutlass.min(start + c.chain, blocks)
-            anew = self.sums.starts_anew
-            at = self.multiply_chain(s, rAcc, tCrX, tCrW, tiles, start, end, at, anew)
-            self.sums.add(rAcc, rSums, end == blocks)
+        start = Int32(0)
+        while start < c.k_blocks:
+            end = cutlass.min(start + c.chain, c.k_blocks)
+            zero_at = self.sums.zero_at(start)
+            at = self.multiply_chain(s, rAcc, tCrX, tCrW, tiles, start, end, zero_at, at)
+            self.sums.add(rAcc, rSums, end == c.k_blocks)
             start = end
         return self.sums.total(rAcc, rSums)
 
     @cute.jit
     def multiply_chain(
-        self,
-        s: Shared,
-        rAcc,
-        tCrX,
-        tCrW,
-        tiles: Tiles,
-        start,
-        end,
-        at: Place,
-        anew: cutlass.Constexpr,
+        self, s: Shared, rAcc, tCrX, tCrW, tiles: Tiles, start, end, zero_at, at: Place
     ) -> Place:
-        """Sum the products of the K blocks `start` to `end` of a tile; where the ring is then.
+        """Add the products of the K blocks `start` to `end` of a tile; where the ring is then.
 
-        anew: whether from 0 on, which the compiler must see: accumulators are dead between tiles,
-        and the choice of experts needs their registers.
+        Block `zero_at` starts from 0, any other one adds to what the accumulators hold. That is
+        known at run time only: MMAs of constant zeros would be waited for one by one.
 
         A stage is free again when the block behind it is under way. Little may stand between two
         blocks: the tensor cores have work queued for a few WGMMAs only.
         """
-        self.multiply_block(s, rAcc, tCrX, tCrW, at, not anew)
         last = at
-        at = self.step(at)
-        for block in cutlass.range(start + 1, end):
-            self.multiply_block(s, rAcc, tCrX, tCrW, at, True)
+        for block in cutlass.range(start, end):
+            cute.arch.mbarrier_wait(s.full + at.stage, at.phase)
+            warpgroup.fence()
+            mma = self.tiled_mma()
+            for k in cutlass.range_constexpr(cute.size(tCrX, mode=[2])):
+                mma.set(warpgroup.Field.ACCUMULATE, True if k > 0 else block > zero_at)
+                tCrX_k, tCrW_k = tCrX[None, None, k, at.stage], tCrW[None, None, k, at.stage]
+                cute.gemm(mma, rAcc, tCrX_k, tCrW_k, rAcc)
+            warpgroup.commit_group()
             warpgroup.wait_group(1)
-            self.release(s, tiles, last.stage, block - 1)
+            if block > start:
+                self.release(s, tiles, last.stage, block - 1)
             last = at
             at = self.step(at)
         warpgroup.wait_group(0)
+        self.settle(rAcc)
         self.release(s, tiles, last.stage, end - 1)
         return at
 
-    @cute.jit
-    def multiply_block(
-        self, s: Shared, rAcc, tCrX, tCrW, at: Place, add: cutlass.Constexpr
-    ) -> None:
-        """Begin to multiply a K block, and to add that to the sums, or to begin them with it."""
-        cute.arch.mbarrier_wait(s.full + at.stage, at.phase)
-        warpgroup.fence()
-        mma = self.tiled_mma()
-        for k in cutlass.range_constexpr(cute.size(tCrX, mode=[2])):
-            mma.set(warpgroup.Field.ACCUMULATE, add or k > 0)
-            tCrX_k, tCrW_k = tCrX[None, None, k, at.stage], tCrW[None, None, k, at.stage]
-            cute.gemm(mma, rAcc, tCrX_k, tCrW_k, rAcc)
-        warpgroup.commit_group()
+    def settle(self, rAcc: cute.Tensor) -> None:
+        """Keep what reads the accumulators behind the wait for them."""
+        for i in range(cute.size(rAcc)):
+            rAcc[i] = opaque(rAcc[i].bitcast(Int32)).bitcast(Float32)
 
     def ring(self, block: Int32) -> Place:
         """Where the ring is at a block, counted over all tiles."""

@@ -11,22 +11,27 @@ Either way the error is that of one chain, and a rounding to fp32 for each.
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Uint32
+from cutlass import Boolean, Float32, Int32, Uint32
+
+from cute_router.topk.ptx import opaque
 
 UPPER_HALF = 0xFFFF0000
 LEAST = -3.4028234663852886e38  # finite number
+PART = 16  # pairs that are split at a time: there are no registers to have all of them under way
 
 
 class WholeSums:
     """Sums in registers of their own."""
 
-    starts_anew = True  # whether a chain does not add to what the accumulators hold
-
     def begin(self, rAcc: cute.Tensor) -> cute.Tensor:
-        """What is kept beside the accumulators, behind the first chain."""
+        """What is kept beside the accumulators, before the first chain."""
         rSums = cute.make_rmem_tensor_like(rAcc)
-        rSums.store(rAcc.load())
+        rSums.fill(0.0)
         return rSums
+
+    def zero_at(self, start: Int32) -> Int32:
+        """The block from which on accumulators count, in a chain from `start` on."""
+        return start
 
     def add(self, rAcc: cute.Tensor, rSums: cute.Tensor, last: Boolean) -> None:
         """Add a chain."""
@@ -40,26 +45,30 @@ class WholeSums:
 class SplitSums:
     """Sums of which the accumulators hold the rest."""
 
-    starts_anew = False
-
     def begin(self, rAcc: cute.Tensor) -> cute.Tensor:
-        """What is kept beside the accumulators, behind the first chain."""
+        """What is kept beside the accumulators, before the first chain."""
         rUpper = cute.make_rmem_tensor(cute.size(rAcc) // 2, Uint32)
-        self.split(rAcc, rUpper)
+        rUpper.fill(0)
         return rUpper
+
+    def zero_at(self, start: Int32) -> Int32:
+        """The block from which on accumulators count, in a chain from `start` on."""
+        return Int32(0)
 
     @cute.jit
     def add(self, rAcc: cute.Tensor, rUpper: cute.Tensor, last: Boolean) -> None:
-        """Add a chain."""
+        """Add a chain; split the sums, but for the last ones."""
         for i in cutlass.range_constexpr(cute.size(rUpper)):
             rAcc[2 * i] = rAcc[2 * i] + (rUpper[i] & Uint32(UPPER_HALF)).bitcast(Float32)
             rAcc[2 * i + 1] = rAcc[2 * i + 1] + (rUpper[i] << 16).bitcast(Float32)
-        if not last:
-            self.split(rAcc, rUpper)
+        size = cute.size(rUpper)
+        for first in cutlass.range_constexpr(0, size, PART):
+            if opaque(Int32(last)) == 0:
+                self.split(rAcc, rUpper, range(first, min(first + PART, size)))
 
-    def split(self, rAcc: cute.Tensor, rUpper: cute.Tensor) -> None:
-        """Leave the rest of the sums. Of an infinite one any finite rest will do."""
-        for i in range(cute.size(rUpper)):
+    def split(self, rAcc: cute.Tensor, rUpper: cute.Tensor, pairs: range) -> None:
+        """Leave the rest of some sums. Of an infinite one any finite rest will do."""
+        for i in pairs:
             halves = []
             for j in (2 * i, 2 * i + 1):
                 upper = rAcc[j].bitcast(Uint32) & Uint32(UPPER_HALF)
