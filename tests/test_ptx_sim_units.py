@@ -174,6 +174,7 @@ ARITHMETIC = {
     "lop3.b32 %r9, %r1, 12, 3, 0xBA": lambda i: i & ~12 | 3,
     "shf.l.wrap.b32 %r9, 0xC0000001, %r1, 1": lambda i: 2 * i + 1,
     "shf.l.wrap.b32 %r9, 0xC0000001, %r1, 34": lambda i: 4 * i + 3,
+    "prmt.b32 %r9, %r1, 0x80FF, 0x5C40": lambda i: 0x80FFFF00 | i,
     "bfind.u32 %r9, %r1": lambda i: i.bit_length() - 1,
     "popc.b32 %r9, %r1": int.bit_count,
     "mov.b32 {%rs1, %rs2}, %r1; mov.b32 %r9, {%rs2, %rs1}": lambda i: i << 16,
@@ -185,6 +186,11 @@ ARITHMETIC = {
         i << 16
     ),
     "st.shared.b32 [%r2], 131077; ld.shared.b16 %rs1, [%r2+2]; cvt.u32.u16 %r9, %rs1": lambda i: 2,
+    "st.shared.b32 [%r2], 0; st.shared.b16 [%r2+2], %r1; ld.shared.b32 %r9, [%r2]": lambda i: (
+        31 << 16
+    ),
+    "st.shared.b32 [%r2], 0; st.shared.b8 [%r2+1], 515; ld.shared.v2.b8 {%rs1, %rs2}, [%r2];"
+    "mov.b32 %r9, {%rs1, %rs2}": lambda i: 3 << 16,
     "st.global.b32 [%rd1], 0x4433FF11; ld.global.b8 %rs1, [%rd1+1]; cvt.u32.u16 %r9, %rs1": (
         lambda i: 0xFF
     ),
@@ -306,8 +312,8 @@ def test_an_access_out_of_bounds_names_the_memory():
 def test_an_array_may_end_within_a_word():
     memory, one = GlobalMemory(), np.arange(32) == 0
     address = np.full(32, memory.add("odd", np.zeros(1, np.uint32), 2), np.uint64)
-    memory.array(address, one).load_half(address, one)
+    memory.array(address, one).load_halves(address, one, 1)
     with pytest.raises(OutOfBounds, match="2 bytes at offsets 0x0 to 0x2 of 2"):
-        memory.array(address, one).load_half(address + np.uint64(2), one)
+        memory.array(address, one).load_halves(address + np.uint64(2), one, 1)
     with pytest.raises(OutOfBounds, match="4 bytes"):
         memory.array(address, one).load(address, one, 1)

@@ -119,7 +119,7 @@ def test_rows_are_loaded_16_bytes_at_a_time(build):
 @over(GATE)
 def test_copies_are_asynchronous_where_rows_are_whole_runs(build):
     c = build.config
-    assert ("cp.async.cg.shared.global" in build.ptx) == (c.vector and c.by_words)
+    assert ("cp.async.cg.shared.global" in build.ptx) == (c.vector and c.by_threshold)
 
 
 @over(ROWS)

@@ -32,7 +32,8 @@ class ByRows:
     def __init__(self, config: PrefillConfig):
         self.cfg = config
         self.lay = config.lay
-        self.chooser = ByThreshold(config.spec, config.lay)
+        batch = 4 if self.lay.blocks <= 8 else 2  # of 16 to 32 logits; scores take registers too
+        self.chooser = ByThreshold(config.spec, self.lay, batch)
         self.tokens = WARP // config.lanes  # of a warp
 
     @cute.jit
@@ -88,7 +89,7 @@ class ByRows:
             self.add(sParts, lane)
             if there:
                 put_logits(out, token, sActs, lane, lay.lanes)
-            cute.arch.sync_warp()  # now they may go
+            cute.arch.sync_warp()  # now activations may take their place
         parts = 1 if c.extras.logits else c.split_k
 
         rScores = self.chooser.scores(

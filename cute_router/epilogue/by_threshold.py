@@ -20,25 +20,26 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Uint32
 
 from cute_router.epilogue.outputs import Outputs, physical, put_shared, put_slot
-from cute_router.epilogue.scoring import activate_all
+from cute_router.epilogue.scoring import activate_all, with_bias
 from cute_router.epilogue.weights import weight
 from cute_router.spec import RouterSpec
 from cute_router.topk.config import BLOCK
-from cute_router.topk.ptx import opaque
 from cute_router.topk.sieve import Choice, Sieve
-
-IN_FLIGHT = 4  # blocks whose activations a lane works on at once
-MANY = 8  # blocks of a lane, beyond which it has registers for half as many
 
 Block = Callable[[int], cute.Tensor]  # a block's number -> this lane's entries of it
 
 
 class ByThreshold:
-    """How lanes choose for a token; `lay` says which experts are whose."""
+    """How lanes choose for a token; `lay` says which experts are whose.
 
-    def __init__(self, spec: RouterSpec, lay: Sieve):
+    batch: blocks whose activations a lane works on at once; more take registers, and less time
+    where few warps are there to hide latency.
+    """
+
+    def __init__(self, spec: RouterSpec, lay: Sieve, batch: int):
         self.spec = spec
         self.lay = lay
+        self.batch = -(-lay.blocks // -(-lay.blocks // batch))  # all of about one size
 
     def scores(
         self,
@@ -48,12 +49,9 @@ class ByThreshold:
         lane: Int32,
     ) -> cute.Tensor:
         """(ENTRY) this lane's scores, -inf past the last expert; `keep` stores its activations."""
-        blocks = self.lay.blocks
         rScores = cute.make_rmem_tensor(self.lay.entries, Float32)
-        most = IN_FLIGHT if blocks <= MANY else IN_FLIGHT // 2
-        batch = -(-blocks // -(-blocks // most))
-        for first in range(0, blocks, batch):
-            size = min(batch, blocks - first)
+        for first in range(0, self.lay.blocks, self.batch):
+            size = min(self.batch, self.lay.blocks - first)
             rActs = cute.make_rmem_tensor(size * BLOCK, Float32)
             parts = [part_of(rActs, i) for i in range(size)]
             for i in range(size):
@@ -72,10 +70,7 @@ class ByThreshold:
         """The scores of a lane's block."""
         lay = self.lay
         for i in range(BLOCK):
-            # Never one rounding for an activation's last product and this sum: the score will be
-            # computed again from the activation that was kept, to the same bits.
-            rActs[i] = opaque(rActs[i].bitcast(Int32)).bitcast(Float32)
-            score = rActs[i] if rBias is None else rActs[i] + rBias[i]
+            score = rActs[i] if rBias is None else with_bias(rActs[i], rBias[i])
             if not lay.whole(block):
                 expert = lane * lay.run + lay.offset(block, i)
                 score = cutlass.select_(expert < self.spec.num_experts, score, -Float32.inf)
@@ -90,7 +85,8 @@ class ByThreshold:
         """
 
         def score(expert: Int32) -> Float32:
-            return sActs[expert] if sBias is None else sActs[expert] + sBias[expert]
+            act = sActs[expert]
+            return act if sBias is None else with_bias(act, sBias[expert])
 
         return self.lay.pick(rScores, score, sList, lane)
 

@@ -115,6 +115,19 @@ def activate_all(rLogits: cute.Tensor, scoring: cutlass.Constexpr) -> None:
 
 
 @cute.jit
+def with_bias(activation: Float32, bias: Float32) -> Float32:
+    """A score: the same bits wherever it is computed from these.
+
+    The compiler may round a product and the sum that takes it as one, but not this sum.
+    """
+    return cute.arch.inline_ptx(
+        "add.rn.f32 {$w0}, {$r0}, {$r1};",
+        write_only_types=[Float32],
+        read_only_args=[activation, bias],
+    )
+
+
+@cute.jit
 def activate(logit: Float32, scoring: cutlass.Constexpr) -> Float32:
     """The activation of one logit."""
     rLogit = cute.make_rmem_tensor(1, Float32)

@@ -141,7 +141,7 @@ class PrefillConfig:
 
     @property
     def list_bytes(self) -> int:
-        """Of an entry of those: often there is no room for larger ones."""
+        """Of an entry of those, which holds an expert; for larger ones there is often no room."""
         return 1 if self.spec.num_experts <= 256 else 2
 
     @property
@@ -156,8 +156,9 @@ class PrefillConfig:
 
     @property
     def skew(self) -> int:
-        """Words that keep apart the banks of the rows that one store of a warp writes, 128 bytes at
-        a time: rows of 4 runs from WGMMA's accumulators, of one from TMEM.
+        """Words that keep apart the banks of the rows that one store of a warp writes.
+
+        It writes 128 bytes at a time: rows of 4 runs from WGMMA's accumulators, of one from TMEM.
         """
         return (1 if self.blackwell else 4) * self.run
 

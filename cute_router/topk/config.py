@@ -49,7 +49,7 @@ def gate_shape(rows: int, length: int) -> tuple[int, int]:
         lanes, warps = 16, 8
     else:
         lanes, warps = 8, 4
-    return at_most(lanes, length), warps
+    return fitted(lanes, length), warps
 
 
 def at_most(lanes: int, length: int) -> int:
@@ -90,7 +90,7 @@ class GateConfig:
     arch:   the compile target.
     dtype:  of the logits, "float32", "float16" or "bfloat16".
     vector: whether rows are whole runs of 16 bytes and start at multiples of them.
-    lanes:  of a warp, for each token; 32 unless `by_words`.
+    lanes:  of a warp, for each token; 32 unless `by_threshold`.
     warps:  of a CTA.
     pdl:    launched under programmatic dependent launch, where the target knows it.
     extras: what calls have beside the defaults.
@@ -116,8 +116,8 @@ class GateConfig:
         return self.pdl and dependent_launch(self.arch)
 
     @property
-    def by_words(self) -> bool:
-        """Whether the experts' scores are independent of each other, and words decide."""
+    def by_threshold(self) -> bool:
+        """Whether the experts' scores are independent of each other, and a threshold decides."""
         return self.spec.scoring != "softmax" and self.spec.n_group == 1
 
 

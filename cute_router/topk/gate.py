@@ -62,7 +62,7 @@ def kernel_of(
         pdl=pdl,
         extras=extras,
     )
-    if config.by_words:
+    if config.by_threshold:
         lanes, warps = gate_shape(bucket, spec.num_experts)
         config = replace(config, lanes=lanes, warps=warps)
     return compiler.kernel(config)

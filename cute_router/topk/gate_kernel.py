@@ -1,7 +1,7 @@
 """The router's step on given logits: weights, ids = renorm(topk(act(logits) + bias)).
 
-scorings of one logit      a few lanes to a token (`lanes`): logits -> activation, bias -> words
-                           -> the k best -> their logits, read again -> weights
+scorings of one logit      a few lanes to a token: logits -> activations, scores -> the k best
+                           (`epilogue.by_threshold`) -> weights
 softmax, expert groups,    a warp to a token (`epilogue.row`)
 tokens left in doubt
 """
@@ -11,11 +11,11 @@ from typing import Any
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Uint32
+from cutlass import Float32, Int32, Uint16, Uint32
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from cutlass.memory import SmemAllocator
 
-from cute_router.epilogue.by_words import ByWords
+from cute_router.epilogue.by_threshold import ByThreshold
 from cute_router.epilogue.outputs import (
     Outputs,
     bias_of_row,
@@ -27,8 +27,8 @@ from cute_router.epilogue.outputs import (
 )
 from cute_router.epilogue.row import route_row
 from cute_router.topk.config import WARP, GateConfig, dsl_type
-from cute_router.topk.lanes import Lanes
-from cute_router.topk.staging import arrived, read, stage
+from cute_router.topk.sieve import Sieve
+from cute_router.topk.staging import arrived, read, stage, write
 
 
 class GateKernel:
@@ -37,8 +37,8 @@ class GateKernel:
     def __init__(self, config: GateConfig):
         self.cfg = config
         spec = config.spec
-        self.lay = Lanes(spec.num_experts, spec.top_k, config.lanes, config.run)
-        self.words = ByWords(spec, self.lay)
+        self.lay = Sieve(spec.num_experts, spec.top_k, config.lanes, config.run, ragged=False)
+        self.chooser = ByThreshold(spec, self.lay, batch=1)
         self.tokens = WARP // config.lanes  # of a warp
         self.padded = -(-spec.num_experts // WARP) * WARP
 
@@ -83,10 +83,8 @@ class GateKernel:
         if cutlass.const_expr(c.overlaps):
             cute.arch.griddepcontrol_launch_dependents()
             cute.arch.griddepcontrol_wait()
-        if cutlass.const_expr(c.by_words):
-            layout = cute.make_layout((self.lay.room, self.tokens, c.warps))
-            sLogits = smem.allocate_tensor(mLogits.element_type, layout, 16)[None, None, warp]
-            doubts = self.route(mLogits, sLogits, sBias, out, first)
+        if cutlass.const_expr(c.by_threshold):
+            doubts = self.route(smem, mLogits, sBias, out, first, warp)
             sKeys = None
         else:
             doubts = Int32(first < cute.size(mLogits, mode=[0]))
@@ -123,32 +121,44 @@ class GateKernel:
     @cute.jit
     def route(
         self,
+        smem: SmemAllocator,
         mLogits: cute.Tensor,
-        sLogits: cute.Tensor,
         sBias: Any,
         out: Outputs,
         first: Int32,
+        warp: Int32,
     ) -> Int32:
-        """Route the warp's tokens by words; the bits of lanes whose token is left in doubt."""
+        """Route the warp's tokens by a threshold; the bits of lanes whose token is in doubt."""
         c, lay = self.cfg, self.lay
         lane = cute.arch.lane_idx() % c.lanes
         token = first + cute.arch.lane_idx() // c.lanes
         last = cute.size(mLogits, mode=[0]) - 1
-        sRow = sLogits[None, token - first]
+        layout = cute.make_layout((lay.room, self.tokens, c.warps))
+        sRow = smem.allocate_tensor(mLogits.element_type, layout, 16)[None, token - first, warp]
+        sActs = sRow  # activations take the place of logits that have as many bits
+        if cutlass.const_expr(mLogits.element_type is not Float32):
+            sActs = smem.allocate_tensor(Float32, layout, 16)[None, token - first, warp]
+        layout = cute.make_layout((lay.capacity, self.tokens, c.warps))
+        sList = smem.allocate_tensor(Uint16, layout, 16)[None, token - first, warp]
+
         source = cutlass.min(token, last)  # lanes without a token take the last, and store nothing
         stage(mLogits[source, None], sRow, lay, lane, c.vector)
         sBias, real = bias_of_row(sBias, out, source), is_token(out, source)
 
-        def keys(block):
+        def logits(block):
             arrived(block, lay, c.vector)
-            rows = (sRow,) if cutlass.const_expr(sBias is None) else (sRow, sBias)
-            return self.words.keys(block, lane, *(read(row, lay, block, lane) for row in rows))
+            return read(sRow, lay, block, lane)
 
-        pick = lay.pick(keys, lane)
-        cute.arch.sync_warp()  # the logits of all lanes are staged
-        settled = token <= last and not pick.doubtful
-        self.words.store(pick.words, sRow, sBias, out, token, lane, settled, real)
-        return cute.arch.vote_ballot_sync(pick.doubtful and token <= last and lane == 0)
+        rScores = self.chooser.scores(
+            logits,
+            None if sBias is None else lambda block: read(sBias, lay, block, lane),
+            lambda block, rActs: write(rActs, sActs, lay, block, lane),
+            lane,
+        )
+        choice = self.chooser.pick(rScores, sActs, sBias, sList, lane)
+        there, doubtful = token <= last, self.chooser.in_doubt(choice, lane, real)
+        self.chooser.store(choice, sActs, out, token, lane, there and not doubtful, real)
+        return cute.arch.vote_ballot_sync(doubtful and there and lane == 0)
 
 
 def trace(config: GateConfig) -> tuple[GateKernel, tuple[Any, ...]]:

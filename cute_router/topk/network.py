@@ -1,8 +1,6 @@
 """Sorting networks over values in a thread's registers: no branch, no index of run time.
 
-    sort        a list, best first (Batcher's odd-even merge sort)
-    best_half   of two sorted lists of W words the W best, sorted: W maxima leave a bitonic
-                sequence, which log2(W) half-cleaners sort
+    sort   a list, best first (Batcher's odd-even merge sort)
 
 Lists are Python lists of Uint32 or Float32, worked on while the kernel is traced. What is never
 looked at of a sorted list costs nothing: the compiler drops it.
@@ -59,19 +57,6 @@ def sort(values: list[Any], order: Order = WORDS) -> list[Any]:
     for i, j in _odd_even_pairs(len(values)):
         values[i], values[j] = most(values[i], values[j]), least(values[i], values[j])
     return values
-
-
-def best_half(ours: list[Uint32], theirs: list[Uint32]) -> list[Uint32]:
-    """The best half of two sorted lists of one length, sorted."""
-    best = [greater(a, b) for a, b in zip(ours, reversed(theirs), strict=True)]
-    distance = len(best) // 2
-    while distance:
-        for i in range(len(best)):
-            if not i & distance:
-                a, b = best[i], best[i + distance]
-                best[i], best[i + distance] = greater(a, b), less(a, b)
-        distance //= 2
-    return best
 
 
 def _odd_even_pairs(n: int) -> Iterator[tuple[int, int]]:

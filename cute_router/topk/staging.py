@@ -65,3 +65,14 @@ def read(sRow: cute.Tensor, lay: Layout, block: cutlass.Constexpr, lane: Int32) 
         rRun = cute.make_tensor(rBlock.iterator + part * lay.run, cute.make_layout(lay.run))
         rRun.store(sRun.load())
     return rBlock
+
+
+@cute.jit
+def write(
+    rBlock: cute.Tensor, sRow: cute.Tensor, lay: Layout, block: cutlass.Constexpr, lane: Int32
+) -> None:
+    """This lane's entries of a block, of 4 bytes each, to shared memory."""
+    for i in cutlass.range_constexpr(0, BLOCK, VECTOR_BYTES // 4):
+        target = (sRow.iterator + (lane * lay.run + lay.offset(block, i))).align(VECTOR_BYTES)
+        run = cute.make_layout(VECTOR_BYTES // 4)
+        cute.make_tensor(target, run).store(cute.make_tensor(rBlock.iterator + i, run).load())

@@ -27,7 +27,10 @@ def load_shared(warp: Warp, line: int, m: Lanes, opcode: str, address: Lanes) ->
 
 def store_shared(warp: Warp, line: int, m: Lanes, opcode: str, address: Lanes, value) -> tuple:
     warp.line = line
-    if m.any():
+    if m.any() and opcode.endswith((".b8", ".b16")):
+        writers, now = warp.threads, warp.tick()
+        warp.cta.shared.store_narrow(opcode, address, m, value, writers, now)
+    elif m.any():
         words = stored(opcode, value)
         warp.cta.shared.store_generic(address, m, words, warp.threads, warp.tick())
     return ()
@@ -137,10 +140,11 @@ def word_count(opcode: str) -> int:
 
 def loaded(opcode: str, region: Region, address: Lanes, m: Lanes) -> tuple:
     """What a load gets, one array for each destination."""
-    if opcode.endswith(".b16"):
-        return (region.load_half(address, m),)
-    if opcode.endswith(".b8"):
-        return (region.load_byte(address, m),)
+    if opcode.endswith((".b8", ".b16")):
+        vector = opcode.split(".")[-2]
+        count = int(vector[1]) if vector in ("v2", "v4") else 1
+        load = region.load_bytes if opcode.endswith(".b8") else region.load_halves
+        return load(address, m, count)
     words = region.load(address, m, word_count(opcode))
     if not opcode.endswith(".b64"):
         return words

@@ -114,6 +114,19 @@ def funnel(low: np.ndarray, upper: np.ndarray, count: np.ndarray) -> np.ndarray:
     return (wide << (count & np.uint32(31)).astype(np.uint64) >> np.uint64(32)).astype(np.uint32)
 
 
+def permute(low: np.ndarray, upper: np.ndarray, selector: np.ndarray) -> np.ndarray:
+    """prmt.b32: four of the eight bytes of both words, or, where bit 3 of a selector's digit is
+    set, eight times the sign of one."""
+    wide = (upper.astype(np.uint64) << np.uint64(32)) | low
+    result = np.zeros_like(low)
+    for i in range(4):
+        digit = (selector >> np.uint32(4 * i)) & np.uint32(15)
+        byte = (wide >> (8 * (digit & 7)).astype(np.uint64)).astype(np.uint32) & np.uint32(255)
+        byte = np.where(digit > 7, (byte >> np.uint32(7)) * np.uint32(255), byte)
+        result |= byte << np.uint32(8 * i)
+    return result
+
+
 def quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """a / b of 32-bit integers, rounded towards zero; 0 for b = 0, of which PTX says nothing."""
     safe = np.where(b == 0, 1, b)

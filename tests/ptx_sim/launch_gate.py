@@ -7,7 +7,7 @@ from torch import Tensor
 from cute_router import Extras, Routing
 from cute_router.gemm.config import ceil_div
 from cute_router.topk.config import WARP, GateConfig
-from cute_router.topk.lanes import Lanes
+from cute_router.topk.sieve import Sieve
 from ptx_sim.engine import policy_of
 from ptx_sim.launch import matrix_param, ptx_of, tensor_param, words_of
 from ptx_sim.machine import Machine
@@ -54,10 +54,11 @@ def simulate_gate(
 
 
 def shared_bytes(config: GateConfig) -> int:
-    """What the kernel allocates: the bias, then its warps' logits, or their experts' keys."""
+    """What the kernel allocates: the bias; its warps' logits, activations, where they take more
+    than logits, and lists, or their experts' keys."""
     c, E = config, config.spec.num_experts
-    room = Lanes(E, c.spec.top_k, c.lanes, c.run).room
-    bias = 4 * room * (2 if c.extras.second_bias else c.spec.has_bias)
+    lay = Sieve(E, c.spec.top_k, c.lanes, c.run, ragged=False)
+    bias = 4 * lay.room * (2 if c.extras.second_bias else c.spec.has_bias)
     keys = 4 * ceil_div(E, WARP) * WARP
-    of_warp = room * (WARP // c.lanes) * (16 // c.run) if c.by_words else keys
-    return bias + c.warps * of_warp
+    of_token = lay.room * (4 if c.dtype == "float32" else 2 + 4) + 2 * lay.capacity
+    return bias + c.warps * (of_token * (WARP // c.lanes) if c.by_threshold else keys)

@@ -52,18 +52,26 @@ class Region:
         index = self.index(addresses, m, n)
         return tuple(self.words[index + index.dtype.type(i)] for i in range(n))
 
-    def load_half(self, addresses: np.ndarray, m: np.ndarray) -> np.ndarray:
-        """Two bytes for each active lane."""
-        return self.halves[self.offsets(addresses, m, 2) >> addresses.dtype.type(1)]
+    def load_halves(self, addresses: np.ndarray, m: np.ndarray, n: int) -> tuple[np.ndarray, ...]:
+        """n times two bytes for each active lane."""
+        index = self.offsets(addresses, m, 2 * n) >> addresses.dtype.type(1)
+        return tuple(self.halves[index + index.dtype.type(i)] for i in range(n))
 
-    def load_byte(self, addresses: np.ndarray, m: np.ndarray) -> np.ndarray:
-        """A byte for each active lane, in a register of 16 bits."""
-        return self.bytes[self.offsets(addresses, m, 1)].astype(np.uint16)
+    def load_bytes(self, addresses: np.ndarray, m: np.ndarray, n: int) -> tuple[np.ndarray, ...]:
+        """n bytes for each active lane, each in a register of 16 bits."""
+        index = self.offsets(addresses, m, n)
+        return tuple(self.bytes[index + index.dtype.type(i)].astype(np.uint16) for i in range(n))
 
     def store_half(self, addresses: np.ndarray, m: np.ndarray, value: np.ndarray) -> np.ndarray:
         """Two bytes of each active lane; returns the word of each lane."""
         offsets = self.offsets(addresses, m, 2)
-        self.halves[offsets[m] >> offsets.dtype.type(1)] = value[m]
+        self.halves[offsets[m] >> offsets.dtype.type(1)] = value[m].astype(np.uint16)
+        return offsets >> offsets.dtype.type(2)
+
+    def store_byte(self, addresses: np.ndarray, m: np.ndarray, value: np.ndarray) -> np.ndarray:
+        """The lowest byte of each active lane; returns the word of each lane."""
+        offsets = self.offsets(addresses, m, 1)
+        self.bytes[offsets[m]] = value[m].astype(np.uint8)
         return offsets >> offsets.dtype.type(2)
 
     def store(
@@ -103,6 +111,19 @@ class Shared(Region):
         """`store` by threads, at time `now`."""
         index = self.store(addresses, m, values)
         self.proxies.stored(index[m], len(values), writers[m], now)
+
+    def store_narrow(
+        self,
+        opcode: str,
+        addresses: np.ndarray,
+        m: np.ndarray,
+        value: np.ndarray,
+        writers: np.ndarray,
+        now: int,
+    ) -> None:
+        """The same for a byte, or two, of each lane."""
+        store = self.store_byte if opcode.endswith(".b8") else self.store_half
+        self.proxies.stored(store(addresses, m, value)[m], 1, writers[m], now)
 
     def span(self, address: int, size: int) -> slice:
         """The words of `size` bytes from an address of this CTA."""

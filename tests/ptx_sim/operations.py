@@ -340,6 +340,9 @@ class Emitter:
         if name == "shf" and parts[1:3] == ["l", "wrap"]:
             a, b, c = (self.value(item, "u4") for item in inputs)
             return kind, f"lanes.funnel({a}, {b}, {c})"
+        if name == "prmt" and len(parts) == 2:
+            a, b, c = (self.value(item, "u4") for item in inputs)
+            return kind, f"lanes.permute({a}, {b}, {c})"
         if name == "lop3":
             a, b, c = (self.value(item, kind) for item in inputs[:3])
             return kind, f"lanes.lop3({a}, {b}, {c}, {inputs[3].value})"
