@@ -83,8 +83,8 @@ def _dense_function(name: str, backend: Callable[[Any], str]) -> Callable[..., R
         out_ids: Tensor | None = None,
     ) -> Routing:
         options = (top_k, scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
-        call = (x, W, bias, routed_scaling_factor, options, out_weights, out_ids)
-        return dense(backend(x), *call)
+        factor = routed_scaling_factor
+        return dense(backend(x), x, W, bias, factor, options, out_weights, out_ids)
 
     function.__name__ = function.__qualname__ = name
     return function
@@ -139,7 +139,12 @@ def activation_topk(
 ) -> Routing:
     """`functional.activation_topk`."""
     options = (top_k, scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
-    spec, device = check_logits(logits, bias, routed_scaling_factor, options), logits.device
+    call = (logits, bias, routed_scaling_factor, options)
+    if isinstance(logits, Tensor) and logits.is_cuda:
+        routing: Routing | None = cuda("topk.gate").fast(*call, out_weights, out_ids)
+        if routing is not None:
+            return routing
+    spec, device = check_logits(*call), logits.device
     shape = (logits.shape[0], top_k)
     weights = _output("out_weights", out_weights, shape, torch.float32, device, "logits")
     ids = _output("out_ids", out_ids, shape, torch.int32, device, "logits")
@@ -160,7 +165,12 @@ def topk(
     out_indices: Tensor | None = None,
 ) -> TopK:
     """`functional.topk`."""
-    check_topk(scores, k, sorted, lengths, index_dtype)
+    call = (scores, k, sorted, lengths, index_dtype)
+    if isinstance(scores, Tensor) and scores.is_cuda:
+        best: TopK | None = cuda("topk.standalone").fast(*call, out_values, out_indices)
+        if best is not None:
+            return best
+    check_topk(*call)
     shape, device = (*scores.shape[:-1], k), scores.device
     values = _output("out[0]", out_values, shape, scores.dtype, device, "scores")
     indices = _output("out[1]", out_indices, shape, index_dtype, device, "scores")

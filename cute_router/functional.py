@@ -11,16 +11,18 @@ Only the last way counts in time: engines call these thousands of times a second
 from typing import Any
 
 import torch
-from torch import Tensor, is_grad_enabled
+from torch import Tensor
 from torch.compiler import is_compiling
 
 from cute_router import eager, extended
 from cute_router.extras import Extras
+from cute_router.gradient import recorded
 from cute_router.reference import unpacked
 from cute_router.spec import Routing, Scoring, TopK
 from cute_router.validate import check, check_hash, check_logits, check_topk
 
 ops = torch.ops.cute_router
+SEQUENCES = (tuple, list)  # for `isinstance`: `tuple | list` would be made anew in each call
 
 
 def dense_decode(
@@ -89,7 +91,7 @@ def dense_decode(
 
     CUDA tensors run the kernels of `backend_for(x.device)`; CPU tensors run the fp64 reference.
     """
-    if extras is None and not (is_compiling() or _recorded(x, W)):
+    if extras is None and not (is_compiling() or recorded(x, W)):
         options = (top_k, scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
         factor, backend = routed_scaling_factor, "gemm.decode"
         return eager.dense(backend, x, W, bias, factor, options, out_weights, out_ids)
@@ -123,7 +125,7 @@ def dense_prefill(
     last places from those of `dense_decode`, unless `batch_invariant` is set, which has both run
     the same kernel.
     """
-    if extras is None and not (is_compiling() or _recorded(x, W)):
+    if extras is None and not (is_compiling() or recorded(x, W)):
         options = (top_k, scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
         factor, backend = routed_scaling_factor, "gemm.prefill"
         return eager.dense(backend, x, W, bias, factor, options, out_weights, out_ids)
@@ -155,7 +157,7 @@ def route(
     with `batch_invariant` there is no difference. Arguments, result and errors are those of
     `dense_decode`.
     """
-    if extras is None and not (is_compiling() or _recorded(x, W)):
+    if extras is None and not (is_compiling() or recorded(x, W)):
         options = (top_k, scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
         factor, backend = routed_scaling_factor, eager.dense_backend(x)
         return eager.dense(backend, x, W, bias, factor, options, out_weights, out_ids)
@@ -219,7 +221,7 @@ def hash_route(
         return _with_extras("hash_route", call, (x, W), k, out_weights, out_ids, extras)
     if is_compiling():
         return _by_op(ops.hash_route, call, (x, W), out_weights, out_ids)
-    if _recorded(x, W):
+    if recorded(x, W):
         check_hash(*call)
         return _by_op(ops.hash_route, call, (x, W), out_weights, out_ids)
     return eager.hash_route(*call, out_weights, out_ids)
@@ -272,7 +274,7 @@ def activation_topk(
         return _with_extras("activation_topk", call, inputs, top_k, out_weights, out_ids, extras)
     if is_compiling():
         return _by_op(ops.activation_topk, call, (logits,), out_weights, out_ids)
-    if _recorded(logits):
+    if recorded(logits):
         check_logits(logits, bias, routed_scaling_factor, (top_k, *options))
         return _by_op(ops.activation_topk, call, (logits,), out_weights, out_ids)
     return eager.activation_topk(*call, out_weights, out_ids)
@@ -314,27 +316,21 @@ def topk(
         ValueError: a wrong shape, device or value. Both name the argument, what was wanted and what
             was got.
     """
-    if out is not None and not (isinstance(out, tuple | list) and len(out) == 2):
-        raise TypeError(f"out must be (values, indices) or None; got {out!r}")
+    values = indices = None
+    if out is not None:
+        if not (isinstance(out, SEQUENCES) and len(out) == 2):
+            raise TypeError(f"out must be (values, indices) or None; got {out!r}")
+        values, indices = out
     call = (scores, k, sorted, lengths, index_dtype)
     if not is_compiling():
-        if not _recorded(scores):
-            return eager.topk(*call, *(out or (None, None)))
+        if not recorded(scores):
+            return eager.topk(*call, values, indices)
         check_topk(*call)
     if out is None:
         return TopK(*ops.topk.default(*call))
     _refuse_recording("out", scores)
-    ops.topk.out(*call, out_values=out[0], out_indices=out[1])
+    ops.topk.out(*call, out_values=values, out_indices=indices)
     return TopK(*out)
-
-
-def _recorded(*inputs: Any) -> bool:
-    """Whether autograd is to record a call on these inputs."""
-    if is_grad_enabled():
-        for t in inputs:  # any() would take three times as long
-            if getattr(t, "requires_grad", False):
-                return True
-    return False
 
 
 def _dense(
@@ -375,7 +371,7 @@ def _by_op(
 
 def _refuse_recording(given: str, *inputs: Tensor | None) -> None:
     """Raise where autograd is to record a call whose outputs are given: it has no way to."""
-    if _recorded(*inputs):
+    if recorded(*inputs):
         raise ValueError(
             f"{given} must be None where a gradient is recorded, because an input requires grad;"
             " call under torch.no_grad() for none"

@@ -40,7 +40,45 @@ _EXTRAS = (
     " Tensor(a!)? out_weights=None, Tensor(b!) out_ids"
 )
 
-_library = torch.library.Library("cute_router", "DEF")  # lives as long as this module
+# The dispatch keys that a call arrives with at an op's autograd kernel where its tensors are plain
+# ones of one device, and no mode, transform or tracer takes part.
+_PLAIN = frozenset(
+    (torch._C.DispatchKeySet(device) | torch._C.DispatchKeySet(autograd)).raw_repr()
+    for device, autograd in (
+        (torch._C.DispatchKey.CPU, torch._C.DispatchKey.AutogradCPU),
+        (torch._C.DispatchKey.CUDA, torch._C.DispatchKey.AutogradCUDA),
+    )
+)
+
+
+class _Library(torch.library.Library):
+    """A library whose ops pass autograd by where it has nothing to record.
+
+    The autograd kernel of `torch.library.register_autograd` dispatches such a call a second time,
+    which costs the host 5 us; the one put in its place runs the op there and then.
+    """
+
+    def impl(self, op_name: Any, fn: Callable[..., Any], dispatch_key: str = "", **how: Any) -> Any:
+        """As `torch.library.Library.impl`."""
+        if dispatch_key == "Autograd":
+            fn = _unless_idle(fn, _functions[op_name])
+        return super().impl(op_name, fn, dispatch_key, **how)  # type: ignore[no-untyped-call]
+
+
+def _unless_idle(record: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """The autograd kernel `record`, where there may be something to record; else `function`."""
+
+    def kernel(keys: torch._C.DispatchKeySet, *call: Any) -> Any:
+        if keys.raw_repr() in _PLAIN and not gradient.recorded(*call):
+            return function(*call)
+        return record(keys, *call)
+
+    return kernel
+
+
+_functions: dict[str, Callable[..., Any]] = {}  # what an op runs, by its name
+# It lives as long as this module.
+_library: torch.library.Library = _Library("cute_router", "DEF")  # type: ignore[no-untyped-call]
 
 
 # --- what tracers see of the results; torch leaves out arguments at their default ----------------
@@ -118,6 +156,7 @@ def _implement(
     name: str, signature: str, function: Callable[..., Any], shapes: Callable[..., Any]
 ) -> None:
     _library.define(name + signature, tags=(torch.Tag.pt2_compliant_tag,))
+    _functions[name] = function
     for device in ("CPU", "CUDA"):
         _library.impl(name, function, device)
     torch.library.register_fake(f"cute_router::{name}", shapes, lib=_library)

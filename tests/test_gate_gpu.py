@@ -301,6 +301,15 @@ def test_a_call_with_outputs_given_allocates_nothing_and_waits_for_nothing(gate)
     )
 
 
+@over_launched
+def test_a_call_of_an_engine_takes_the_short_way(gate):
+    inputs = draw(gate, ["normal"], DEVICE)
+    options = (gate.k, gate.scoring, gate.renormalize, gate.n_group, gate.topk_group, False, True)
+    found = gating.fast(*inputs, gate.options["routed_scaling_factor"], options, None, None)
+    assert found is not None
+    assert_gated(found, *inputs, **gate.options)
+
+
 # --- what is compiled ---------------------------------------------------------------------------
 
 

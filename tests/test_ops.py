@@ -3,11 +3,14 @@
 import inspect
 import os
 import shutil
+from functools import partial
 
 import pytest
 import torch
 import torch._dynamo
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cute_router
 from cute_router import Router, RouterSpec, eager, functional
@@ -136,6 +139,46 @@ def test_a_bad_call_of_an_op_is_refused_as_the_function_refuses_it():
         ops.dense_decode(x.half(), W)
     with pytest.raises(ValueError, match="top_k must be from 1 to 32; got 41"):
         ops.dense_decode(x, W, top_k=41)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_an_op_is_dispatched_again_only_where_a_gradient_is_recorded(name, monkeypatch):
+    arguments, options = samples(name)[1]
+    call = partial(getattr(ops, name).default, *arguments, **options)
+    expected = call()
+
+    def again(*_, **__):
+        raise AssertionError("dispatched again")
+
+    monkeypatch.setattr(torch._ops.OpOverload, "redispatch", again)
+    assert same(call(), expected)
+    differentiable = options["x"] if name == "hash_route" else arguments[0]
+    differentiable.requires_grad_()
+    with torch.no_grad():
+        assert same(call(), expected)
+    with pytest.raises(AssertionError, match="dispatched again"):
+        call()
+
+
+def test_a_mode_sees_an_op_that_records_nothing():
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            found.append(function)
+            return function(*arguments, **(options or {}))
+
+    found = []
+    x, W, _ = dense()
+    with Seen():
+        ops.dense_decode(x, W)
+    assert found[0] is ops.dense_decode.default
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(t) for t in (x, W)]
+        assert ops.dense_decode(*fakes)[1].fake_mode is mode
+
+
+def test_a_view_that_negates_is_read_negated():
+    x, W, _ = dense()
+    assert same(ops.dense_decode(torch._neg_view(x), W), ops.dense_decode(-x, W))
 
 
 def test_an_op_inside_an_op_without_autograd_ends():

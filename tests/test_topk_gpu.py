@@ -96,12 +96,16 @@ def test_rows_that_fill_no_warp_or_grid_are_served(size, rows):
 @pytest.mark.parametrize("size", CLUSTERS_OF_8, ids=ids)
 @pytest.mark.parametrize("kind", ["normal", "all equal", "crowded digits", "the best together"])
 def test_clusters_of_8_find_the_same(size, kind, monkeypatch):
+    def forget():
+        for cached in (radix.kernel_of, standalone.plan_of):
+            cached.cache_clear()
+
     monkeypatch.setattr(radix, "max_cluster", lambda device: 8)
-    radix.kernel_of.cache_clear()
+    forget()
     try:
         check(size, draw(size, kind, DEVICE))
     finally:
-        radix.kernel_of.cache_clear()
+        forget()
 
 
 # --- tensors as they come -----------------------------------------------------------------------
@@ -258,6 +262,15 @@ def test_a_call_with_outputs_given_allocates_nothing_and_waits_for_nothing(size)
     scores = draw(size, "normal", DEVICE)
     out = run(size, scores)
     assert_neither_allocates_nor_waits(lambda: run(size, scores, out=out))
+
+
+@over_launched
+def test_a_call_of_an_engine_takes_the_short_way(size):
+    scores = draw(size, "normal", DEVICE)
+    lengths = draw_lengths(size, DEVICE)
+    found = standalone.fast(scores, size.k, True, lengths, size.index, None, None)
+    assert found is not None
+    assert_same_topk(found, expected_topk(scores, size.k, lengths))
 
 
 # --- what is compiled ---------------------------------------------------------------------------

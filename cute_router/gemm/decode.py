@@ -13,9 +13,10 @@ from cute_router.extras import PLAIN, Extras, ExtrasSpec
 from cute_router.gemm import generic
 from cute_router.gemm.config import MAX_TOKEN_TILES, TICKETS, DecodeConfig, can_implement
 from cute_router.heuristics import MAX_BUCKET, decode_config, token_bucket
+from cute_router.short_way import REFUSED, is_factor, routing_outputs
 from cute_router.spec import RouterSpec, Routing, Scoring
 from cute_router.tuning.store import tuned
-from cute_router.validate import FP32_MAX, Options, spec_of
+from cute_router.validate import Options, spec_of
 from cute_router.workspace import Workspace
 
 BUCKETS = [token_bucket(max(N, 1)) for N in range(MAX_BUCKET + 1)]
@@ -39,51 +40,23 @@ def fast(
     out_weights: Tensor | None,
     out_ids: Tensor | None,
 ) -> Routing | None:
-    """The call of an engine, of few tokens: plan, allocate, launch. None for any other call.
-
-    What is not looked at here, the kernel's own host code checks before it launches: ranks, dtypes,
-    strides, alignment, equal sizes. A call that it refuses is not fast, and returns None too.
-    """
+    """The call of an engine, of few tokens, by the `short_way`. None for any other call."""
     try:
         N, K = x.shape
         device = x.get_device()
-        if not (0 < N <= MAX_BUCKET and plain(device, W, bias, factor)):
+        if not (0 < N <= MAX_BUCKET and is_factor(factor)):
             return None
         plan = plan_of(W.shape[0], K, bias is not None, *options, BUCKETS[N], device)
         if plan is None:
             return None
-        k = options[0]
-        if out_weights is None:
-            out_weights = torch.empty_like(like(N, k, torch.float32, device))
-        elif out_weights.get_device() != device:
-            return None
-        if out_ids is None:
-            out_ids = torch.empty_like(like(N, k, torch.int32, device))
-        elif out_ids.get_device() != device:
-            return None
+        weights, ids = routing_outputs(N, options[0], device, out_weights, out_ids)
         # As torch.cuda.current_stream(device).cuda_stream, a microsecond faster.
         stream = torch._C._cuda_getCurrentRawStream(device)
         scratch = plan.scratch.slot(stream, TICKETS + N * plan.token_words)
-        plan.kernel(x, W, bias, out_weights, out_ids, scratch, factor)
-    except (AttributeError, TypeError, ValueError, RuntimeError):
-        return None  # what was not the arguments' fault happens again, and is raised, in `launch`
-    return Routing(out_weights, out_ids)
-
-
-def plain(device: int, W: Tensor, bias: Tensor | None, factor: float) -> bool:
-    """Whether W and bias are on `device` with x, and the factor is one."""
-    return (
-        device == W.get_device() >= 0
-        and (bias is None or bias.get_device() == device)
-        and (factor.__class__ is float or factor.__class__ is int)
-        and 0 <= factor <= FP32_MAX
-    )
-
-
-@cache
-def like(N: int, k: int, dtype: torch.dtype, device: int) -> Tensor:
-    """An output's likeness: `empty_like` of it costs half of what `empty` costs (0.7 us)."""
-    return torch.empty(N, k, dtype=dtype, device=f"cuda:{device}")
+        plan.kernel(x, W, bias, weights, ids, scratch, factor)
+    except REFUSED:
+        return None
+    return Routing(weights, ids)
 
 
 def launch(

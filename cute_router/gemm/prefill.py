@@ -12,6 +12,7 @@ from cute_router.extras import PLAIN, Extras, ExtrasSpec
 from cute_router.gemm import decode, generic
 from cute_router.gemm.prefill_config import can_implement
 from cute_router.prefill_heuristics import prefill_config, token_bucket, with_extras
+from cute_router.short_way import REFUSED, is_factor, routing_outputs
 from cute_router.spec import RouterSpec, Routing, Scoring
 from cute_router.tuning.store import tuned
 from cute_router.validate import Options, spec_of
@@ -28,28 +29,20 @@ def fast(
     out_weights: Tensor | None,
     out_ids: Tensor | None,
 ) -> Routing | None:
-    """The call of an engine: kernel, allocate, launch. None for any other; see `decode.fast`."""
+    """The call of an engine, by the `short_way`. None for any other call."""
     try:
         N, K = x.shape
         device = x.get_device()
-        if options[-2] or not (0 < N <= MAX_TOKENS and decode.plain(device, W, bias, factor)):
+        if options[-2] or not (0 < N <= MAX_TOKENS and is_factor(factor)):
             return None
         kernel = kernel_of(W.shape[0], K, bias is not None, *options, token_bucket(N), device)
         if kernel is None:
             return None
-        shape, place = (N, options[0]), x.device
-        if out_weights is None:
-            out_weights = torch.empty(shape, dtype=torch.float32, device=place)
-        elif out_weights.get_device() != device:
-            return None
-        if out_ids is None:
-            out_ids = torch.empty(shape, dtype=torch.int32, device=place)
-        elif out_ids.get_device() != device:
-            return None
-        kernel(x, W, bias, out_weights, out_ids, factor)
-    except (AttributeError, TypeError, ValueError, RuntimeError):
+        weights, ids = routing_outputs(N, options[0], device, out_weights, out_ids)
+        kernel(x, W, bias, weights, ids, factor)
+    except REFUSED:
         return None
-    return Routing(out_weights, out_ids)
+    return Routing(weights, ids)
 
 
 def launch(

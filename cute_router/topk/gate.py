@@ -1,8 +1,8 @@
-"""Host entry of the gate kernel: logits that are already checked -> one launch."""
+"""Host entry of the gate kernel: a kernel for each kind of call, then one launch."""
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -10,9 +10,41 @@ from torch import Tensor
 from cute_router import compile as compiler
 from cute_router.arch import target_for
 from cute_router.extras import PLAIN, Extras, ExtrasSpec
-from cute_router.spec import HIDDEN_MULTIPLE, RouterSpec
+from cute_router.short_way import REFUSED, is_factor, routing_outputs
+from cute_router.spec import HIDDEN_MULTIPLE, RouterSpec, Routing, Scoring
 from cute_router.topk.config import GateConfig, dtype_name, gate_shape
-from cute_router.topk.rows import MAX_BUCKET, row_bucket, rows_are_vectors, unit_rows
+from cute_router.topk.rows import (
+    MAX_BUCKET,
+    row_bucket,
+    rows_are_vectors,
+    starts_are_aligned,
+    unit_rows,
+    whole_runs,
+)
+from cute_router.validate import FLOATS, Options, spec_of
+
+
+def fast(
+    logits: Tensor,
+    bias: Tensor | None,
+    factor: float,
+    options: Options,
+    out_weights: Tensor | None,
+    out_ids: Tensor | None,
+) -> Routing | None:
+    """The call of an engine, by the `short_way`. None for any other call."""
+    try:
+        N, E = logits.shape
+        row_stride = E if N == 1 else logits.stride(0)  # that of a single row says nothing
+        if not (N > 0 and row_stride >= E and is_factor(factor)):
+            return None
+        aligned, device = starts_are_aligned(logits, row_stride), logits.get_device()
+        kernel = plan_of(E, bias is not None, *options, logits.dtype, aligned, N, device)
+        weights, ids = routing_outputs(N, options[0], device, out_weights, out_ids)
+        kernel(logits, bias, weights, ids, factor)
+    except REFUSED:
+        return None
+    return Routing(weights, ids)
 
 
 def launch(
@@ -32,13 +64,46 @@ def launch(
     Without weights, ids are packed words (`Extras`).
     """
     logits = unit_rows(logits)
-    # How many lanes share a token decides in which order its weights are summed.
-    bucket = MAX_BUCKET if batch_invariant else row_bucket(logits.shape[0])
-    how = (spec, logits.dtype, rows_are_vectors(logits), bucket, pdl, logits.get_device())
+    vector, bucket = rows_are_vectors(logits), bucket_of(logits.shape[0], batch_invariant)
+    how = (spec, logits.dtype, vector, bucket, pdl, logits.get_device())
     if extras is None:
         kernel_of(*how)(logits, bias, weights, ids, factor)
     else:
         kernel_of(*how, extras.spec)(logits, bias, weights, ids, factor, *extras.arguments())
+
+
+def bucket_of(N: int, batch_invariant: bool) -> int:
+    """The number of tokens that a kernel for N is chosen by.
+
+    How many lanes share a token decides in which order its weights are summed.
+    """
+    return MAX_BUCKET if batch_invariant else row_bucket(N)
+
+
+# typed: without it True would find the kernel of 1, and 6.0 that of 6.
+@lru_cache(maxsize=4096, typed=True)
+def plan_of(
+    E: int,
+    has_bias: bool,
+    top_k: int,
+    scoring: Scoring,
+    renormalize: bool,
+    n_group: int,
+    topk_group: int,
+    batch_invariant: bool,
+    pdl: bool,
+    dtype: torch.dtype,
+    aligned: bool,
+    N: int,
+    device: int,
+) -> Callable[..., None]:
+    """The kernel of a call, by what the call says; raises where it says something wrong."""
+    router = (top_k, scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
+    spec = spec_of(E, HIDDEN_MULTIPLE, has_bias, *router)
+    if dtype not in FLOATS:
+        raise TypeError(f"there is no kernel for logits of {dtype}")
+    vector = aligned and whole_runs(E, dtype)
+    return kernel_of(spec, dtype, vector, bucket_of(N, batch_invariant), pdl, device)
 
 
 @cache

@@ -16,9 +16,10 @@ from cute_router import compile as compiler
 from cute_router.arch import target_for
 from cute_router.extras import PLAIN, Extras, ExtrasSpec
 from cute_router.gemm.decode import row_strided
+from cute_router.short_way import REFUSED, is_factor, routing_outputs
 from cute_router.spec import HIDDEN_MULTIPLE, MAX_EXPERTS, Routing, Scoring, check_bool
 from cute_router.topk.hash_config import HashConfig, HashGateConfig, HashLogitsConfig
-from cute_router.validate import FP32_MAX, INT32_MAX, MAX_TOKENS, hash_spec
+from cute_router.validate import INT32_MAX, MAX_TOKENS, hash_spec
 
 Kernel = Callable[..., None]
 
@@ -50,10 +51,7 @@ def fast(
     out_weights: Tensor | None,
     out_ids: Tensor | None,
 ) -> Routing | None:
-    """The call of an engine in one launch: plan, allocate, launch. None for any other call.
-
-    As `gemm.decode.fast` it leaves to the kernel's own host code what that checks by itself.
-    """
+    """The call of an engine in one launch, by the `short_way`. None for any other call."""
     try:
         (N,) = token_ids.shape
         vocab, k = table.shape
@@ -62,22 +60,14 @@ def fast(
             0 < N <= MAX_TOKENS
             and 0 < vocab <= INT32_MAX
             and table.stride(0) >= k
-            and device == table.get_device() >= 0
-            and (factor.__class__ is float or factor.__class__ is int)
-            and 0 <= factor <= FP32_MAX
-            and (out_weights is None or out_weights.get_device() == device)
-            and (out_ids is None or out_ids.get_device() == device)
+            and is_factor(factor)
         ):
             return None
         dtypes = token_ids.dtype, table.dtype
         products: tuple[Tensor, ...] = ()
         if x is not None and W is not None:
             E, K = W.shape
-            if not (
-                1 <= E <= MAX_EXPERTS
-                and x.get_device() == W.get_device() == device
-                and gathers(N, E, K, k, scoring)
-            ):
+            if not (1 <= E <= MAX_EXPERTS and gathers(N, E, K, k, scoring)):
                 return None
             kernel = gate_kernel(K, k, *dtypes, scoring, renormalize, pdl, device)
             products = x, W
@@ -87,14 +77,11 @@ def fast(
             factor = factor / k
         else:
             return None
-        if out_weights is None:
-            out_weights = torch.empty(N, k, dtype=torch.float32, device=token_ids.device)
-        if out_ids is None:
-            out_ids = torch.empty(N, k, dtype=torch.int32, device=token_ids.device)
-        kernel(token_ids, table, *products, out_weights, out_ids, factor)
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
-        return None  # what was not the arguments' fault happens again, and is raised, in `launch`
-    return Routing(out_weights, out_ids)
+        weights, ids = routing_outputs(N, k, device, out_weights, out_ids)
+        kernel(token_ids, table, *products, weights, ids, factor)
+    except REFUSED:
+        return None
+    return Routing(weights, ids)
 
 
 def launch(

@@ -14,6 +14,7 @@ from cute_router.arch import max_cluster, target_for
 from cute_router.gemm.config import ceil_div
 from cute_router.topk.config import dtype_name
 from cute_router.topk.radix_config import SERVERS, RadixConfig, can_implement
+from cute_router.topk.rows import starts_are_aligned
 
 # CTAs that run at once, each alone on its SM, by the size of their clusters (H200: 132 SMs, which
 # hold 7 clusters of 16 and 15 of 8).
@@ -36,7 +37,6 @@ def launch(scores: Tensor, lengths: Tensor | None, values: Tensor, indices: Tens
     width = 16 // scores.element_size()
     if rows == 1:  # its stride says nothing
         scores = scores.as_strided((1, length), (ceil_div(length, width) * width, 1))
-    vector = scores.data_ptr() % 16 == 0 and scores.stride(0) % width == 0
     kernel_of(
         rows,
         length,
@@ -44,7 +44,7 @@ def launch(scores: Tensor, lengths: Tensor | None, values: Tensor, indices: Tens
         dtype_name(scores.dtype),
         dtype_name(indices.dtype),
         None if lengths is None else dtype_name(lengths.dtype),
-        vector,
+        starts_are_aligned(scores, scores.stride(0)),
         scores.get_device(),
     )(scores, lengths, values, indices)
 

@@ -17,6 +17,7 @@ from cute_router.topk.config import (
 )
 
 MAX_BUCKET = 1 << 16  # beyond so many rows nothing changes
+RUN = 16  # bytes that a lane copies at once
 
 
 def serves(length: int, top_k: int) -> bool:
@@ -56,8 +57,17 @@ def unit_rows(t: Tensor) -> Tensor:
 
 def rows_are_vectors(t: Tensor) -> bool:
     """Whether all rows of a matrix are whole runs of 16 bytes, and start at multiples of them."""
-    unit, item = 16, t.element_size()
-    return (t.shape[1] * item | t.stride(0) * item | t.data_ptr()) % unit == 0
+    return starts_are_aligned(t, t.stride(0)) and whole_runs(t.shape[1], t.dtype)
+
+
+def starts_are_aligned(t: Tensor, row_stride: int) -> bool:
+    """Whether all rows of a matrix start at multiples of 16 bytes."""
+    return (row_stride * t.itemsize | t.data_ptr()) % RUN == 0
+
+
+def whole_runs(length: int, dtype: torch.dtype) -> bool:
+    """Whether a row of this length is whole runs of 16 bytes."""
+    return length * dtype.itemsize % RUN == 0
 
 
 @cache
