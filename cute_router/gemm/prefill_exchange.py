@@ -71,6 +71,7 @@ class Exchange:
         if cutlass.const_expr(self.cfg.cluster > 1):
             if tid < self.cfg.cluster:
                 arrive(s.room, tid)
+            cute.arch.sync_warp()  # what follows takes whole warps
 
     @cute.jit
     def send(self, s: Shared, tiles: Tiles, rAcc: cute.Tensor, at: list[Start]) -> None:
@@ -116,15 +117,10 @@ class Exchange:
             wait_cluster(s.part, turn % 2)
 
     @cute.jit
-    def close(self, s: Shared, tiles: Tiles, turn: Int32, tid: Int32) -> None:
-        """This owner has read them: let the next ones come, if there are any, or the next loads.
-
-        A CTA that nobody has to wait for may have exited.
-        """
-        if cutlass.const_expr(self.cfg.overlay):
-            self.meet.arrive_and_wait()
-            if cutlass.const_expr(self.cfg.cluster > 1):
-                cute.arch.fence_acq_rel_cluster()  # once, and not with every arrival at a peer
-        elif turn + 1 < tiles.count:
-            self.meet.arrive_and_wait()
+    def close(self, s: Shared, tid: Int32) -> None:
+        """This owner has read them: let the next ones come, or the next loads."""
+        self.meet.arrive_and_wait()
+        if cutlass.const_expr(not self.cfg.overlay):
             self.say_room(s, tid, arrive_at_peer)
+        elif cutlass.const_expr(self.cfg.cluster > 1):
+            cute.arch.fence_acq_rel_cluster()  # once, and not with every arrival at a peer

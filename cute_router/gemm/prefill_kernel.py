@@ -283,20 +283,24 @@ class PrefillKernel:
     def tile(self, s: Shared, tiles: Tiles, turn: Int32, tid: Int32, out: Outputs) -> None:
         """One token tile."""
         c = self.cfg
+        last = turn + 1 == tiles.count
         self.exchange.expect(s, tiles, tid)
         if cutlass.const_expr(self.all_multiply) or tid < c.mma_threads:
             self.mainloop.accumulate(s, tid, tiles, turn, self.exchange)
+            if last:  # no load will meet logits
+                self.mainloop.free_held(s, tiles, turn)
         self.exchange.wait(s, turn)
         has_bias = c.spec.has_bias or c.extras.second_bias
         sBias = s.sBias if cutlass.const_expr(has_bias) else None
         tile = (tiles.first + turn * tiles.step) * c.tile_tokens
         first = tile + tiles.rank * c.owned
-        last = cutlass.min(tile + c.tile_tokens, cute.size(out.mIds, mode=[0]))
-        count = cutlass.min(last - first, c.owned)
+        end = cutlass.min(tile + c.tile_tokens, cute.size(out.mIds, mode=[0]))
+        count = cutlass.min(end - first, c.owned)
         self.choice.choose(s.sLogits, sBias, s.sLists, first, count, out)
-        self.exchange.close(s, tiles, turn, tid)
-        if cutlass.const_expr(self.all_multiply) or tid < c.mma_threads:
-            self.mainloop.free_held(s, tiles, turn)
+        if not last:
+            self.exchange.close(s, tid)
+            if cutlass.const_expr(self.all_multiply) or tid < c.mma_threads:
+                self.mainloop.free_held(s, tiles, turn)
 
 
 def trace(config: PrefillConfig) -> tuple[PrefillKernel, tuple[Any, ...]]:

@@ -219,6 +219,8 @@ class PrefillSm90(PrefillMainloop):
         """Free the stages that are held."""
         for i in cutlass.range_constexpr(self.cfg.held):
             self.free(s, tiles, self.ring((turn + 1) * self.cfg.k_blocks - 1 - i).stage)
+        if cutlass.const_expr(self.cfg.held):
+            cute.arch.sync_warp()  # what follows takes whole warps
 
     @cute.jit
     def free(self, s: Shared, tiles: Tiles, stage: Int32) -> None:
