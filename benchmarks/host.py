@@ -5,8 +5,9 @@
 
 Every call is first held to the reference, then repeated by `timing.host_us`: batches of calls that
 nothing waits for in between, each drained before the next so that the launch queue never blocks;
-the median over batches. `--first-call` measures, in processes of its own, what comes before the
-first result: imports, and the first call with its kernel in the disk cache.
+batches of all calls take turns, and a call's number is the median over its own. `--first-call`
+measures, in processes of its own, what comes before the first result: imports, and the first call
+with its kernel in the disk cache.
 
     dense_decode, outputs given | 8.31 us | mark 10: met | aim 8: missed
 """
@@ -85,16 +86,16 @@ def main() -> int:
     where = environment(args.commit)
     print(" | ".join(f"{name} {value}" for name, value in where.items()), end="\n\n")
 
-    us: dict[str, float] = {}
-    marks: dict[str, Mark] = {}
-    for call in calls(torch.device("cuda")):
+    found = list(calls(torch.device("cuda")))
+    for call in found:
         fault = call.fault()
         if fault is not None:
             raise SystemExit(f"{call.name}: {fault}")
-        us[call.name] = host_us(call.run)
-        if call.mark is not None:
-            marks[call.name] = call.mark
-        show(call.name, us[call.name], "us", call.mark)
+    marks = {call.name: call.mark for call in found if call.mark is not None}
+    us: dict[str, float] = {}
+    for call, value in zip(found, host_us(*(call.run for call in found)), strict=True):
+        us[call.name] = value
+        show(call.name, value, "us", call.mark)
 
     seconds: dict[str, float] = {}
     if args.first_call:

@@ -67,19 +67,22 @@ def graph_us(call: Callable[[int], object], buffers: int) -> float:
     return statistics.median(times)
 
 
-def host_us(call: Callable[[], object]) -> float:
-    """Median microseconds that the calling thread spends in one call."""
-    for _ in range(HOST_CALLS):
-        call()
-    times: list[float] = []
-    for _ in range(HOST_BATCHES):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(HOST_CALLS):
-            call()
-        times.append((time.perf_counter() - start) * 1e6 / HOST_CALLS)
+def host_us(*calls: Callable[[], object]) -> list[float]:
+    """Median microseconds that the calling thread spends in each call.
+
+    Batches take turns: a processor's first second is a slow one.
+    """
+    times: list[list[float]] = [[] for _ in calls]
+    for batch in range(1 + HOST_BATCHES):
+        for call, mine in zip(calls, times, strict=True):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(HOST_CALLS):
+                call()
+            if batch > 0:
+                mine.append((time.perf_counter() - start) * 1e6 / HOST_CALLS)
     torch.cuda.synchronize()
-    return statistics.median(times)
+    return [statistics.median(mine) for mine in times]
 
 
 def environment(commit: str | None = None) -> dict[str, str | bool | None]:

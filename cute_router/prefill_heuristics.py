@@ -2,9 +2,10 @@
 
 Nothing here looks at a GPU: the caller says for which target, and how many SMs it has.
 
-    cycles = turns * (K blocks * max(multiply, load, wait) + chains + exchange + choice) + start
+    cycles = turns * (K blocks * max(multiply, load, wait) + chains + exchange + choice)
+             + (turns - 1) * reload + start
 
-of the CTA that has most to do; its constants are a fit to 140 times on an H200 (docs/perf_log.md),
+of the CTA that has most to do; its constants are a fit to 84 times on an H200 (docs/perf_log.md),
 within 8 % of them on average. What wins is the configuration with the fewest; of equals the first.
 """
 
@@ -30,15 +31,16 @@ FEWEST_TOKENS = 64  # of the smallest bucket
 MAX_BUCKET = 1 << 17  # with so many token tiles, more of them make no difference
 
 # All in cycles of an SM, or bytes in one.
-MMA_START = 30  # of each MMA of 64 tokens and 16 of K, beside half a cycle for an expert
+MMA_START = 12  # of each MMA of 64 tokens and 16 of K, beside half a cycle for an expert
 INGRESS = 64  # bytes into an SM
-SUPPLY = 47  # bytes from the L2 to each of SMS; what is multicast counts once
-LATENCY = 2000  # from a free stage to a full one
-CHAIN = 1200  # between two chains of MMAs
-EXCHANGED = 17  # bytes of logits out of an SM
-CHOOSING, ADDING = 0.35, 0.2  # for a logit, and for each of its partial sums beyond the first
-CHOICE_START = 1000  # for each tile
-CLUSTER_START = 1600  # for each doubling of the cluster
+SUPPLY = 60  # bytes from the L2 to each of SMS; what is multicast counts once
+LATENCY = 1900  # from a free stage to a full one
+CHAIN = 550  # between two chains of MMAs
+EXCHANGED = 17.5  # bytes of logits out of an SM
+CHOOSING, ADDING = 0.4, 0.085  # for a logit, and for each of its partial sums beyond the first
+CHOICE_START = 200  # for each tile
+RELOAD = 6000  # for each tile but the last, whose logits no loads go beside
+CLUSTER_START = 1150  # for each doubling of the cluster
 
 
 def prefill_config(
@@ -147,5 +149,6 @@ def cycles(config: PrefillConfig, N: int) -> float:
     exchange = c.tile_tokens * c.tile_experts * 4 / EXCHANGED
     adding = ADDING * (c.split_k - 1)
     choice = c.owned * c.spec.num_experts * (CHOOSING + adding) + CHOICE_START
+    reload = RELOAD * (turns - 1) if c.overlay else 0
     start = CLUSTER_START * log2(c.cluster)
-    return turns * (c.k_blocks * block + chains + exchange + choice) + start
+    return turns * (c.k_blocks * block + chains + exchange + choice) + reload + start

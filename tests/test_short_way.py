@@ -15,6 +15,7 @@ import test_functional_cpu as dense_calls
 import test_hash_cpu as hash_calls
 import test_topk_cpu as selection_calls
 import torch
+from refused import CHOOSING, WEIGHING, outputs, over_tensors, spoiled
 from torch import Tensor
 
 pytest.importorskip("cutlass")
@@ -276,39 +277,38 @@ def test_tensors_on_different_devices_are_refused(function, machine):
     assert not machine.launches
 
 
-@pytest.mark.parametrize("case", dense_calls.BAD_TENSORS)
+@over_tensors(dense_calls.BAD_TENSORS)
 @pytest.mark.parametrize("function", [dense_decode, dense_prefill])
-def test_a_bad_tensor_is_refused(function, case, machine):
-    spoil, *_ = dense_calls.BAD_TENSORS[case]
-    assert function(*spoil(*dense_calls.inputs())) is None
+def test_a_bad_tensor_is_refused(function, spoil, error, message, machine):
+    x, W, bias = dense_calls.inputs()
+    assert function(*spoiled({"x": x, "W": W, "bias": bias}, spoil).values()) is None
     assert not machine.launches
 
 
-@pytest.mark.parametrize("case", hash_calls.BAD_TENSORS)
-def test_a_bad_tensor_of_hash_route_is_refused(case, machine):
-    spoil, *_ = hash_calls.BAD_TENSORS[case]
-    assert hash_route(*spoil(*hash_calls.inputs())) is None
+@over_tensors(hash_calls.BAD_TENSORS)
+def test_a_bad_tensor_of_hash_route_is_refused(spoil, error, message, machine):
+    arguments = dict(zip(("token_ids", "table", "x", "W"), hash_calls.inputs(), strict=True))
+    assert hash_route(*spoiled(arguments, spoil).values()) is None
     assert not machine.launches
 
 
-@pytest.mark.parametrize("case", selection_calls.BAD_LOGITS)
-def test_bad_logits_are_refused(case, machine):
-    spoil, *_ = selection_calls.BAD_LOGITS[case]
-    assert activation_topk(*spoil(torch.randn(5, 40), torch.randn(40))) is None
+@over_tensors(selection_calls.BAD_LOGITS)
+def test_bad_logits_are_refused(spoil, error, message, machine):
+    arguments = {"logits": torch.randn(5, 40), "bias": torch.randn(40)}
+    assert activation_topk(*spoiled(arguments, spoil).values()) is None
     assert not machine.launches
 
 
-@pytest.mark.parametrize("case", selection_calls.BAD_SCORES)
-def test_bad_scores_are_refused(case, machine):
-    spoil, *_ = selection_calls.BAD_SCORES[case]
-    assert topk(spoil(torch.randn(5, 40))) is None
+@over_tensors(selection_calls.BAD_SCORES)
+def test_bad_scores_are_refused(spoil, error, message, machine):
+    assert topk(*spoiled({"scores": torch.randn(5, 40)}, spoil).values()) is None
     assert not machine.launches
 
 
 OPTIONS = [
-    *[(dense_decode, options) for options, *_ in dense_calls.BAD_OPTIONS],
-    *[(activation_topk, options) for options, *_ in selection_calls.BAD_GATE_OPTIONS],
-    *[(hash_route, options) for options, *_ in hash_calls.BAD_OPTIONS],
+    *[(dense_decode, options) for options, *_ in [*WEIGHING, *CHOOSING, *outputs("x")]],
+    *[(activation_topk, options) for options, *_ in [*WEIGHING, *CHOOSING, *outputs("logits")]],
+    *[(hash_route, options) for options, *_ in [*WEIGHING, *outputs("token_ids")]],
     *[
         (topk, options)
         for options, *_ in selection_calls.BAD_TOPK_OPTIONS

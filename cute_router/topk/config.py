@@ -43,8 +43,10 @@ def row_shape(rows: int, length: int) -> tuple[int, int]:
 
 def gate_shape(rows: int, length: int) -> tuple[int, int]:
     """The same for logits, which take more work for each entry."""
-    if rows <= 2048:
+    if rows <= 256:
         lanes, warps = 32, 1
+    elif rows <= 2048:
+        lanes, warps = 16, 1
     elif rows <= 16384:
         lanes, warps = 16, 8
     else:
