@@ -26,9 +26,7 @@ A CTA waits for everything that others send it, so that none exits too early and
 cluster stands at the end.
 
 W and bias do not depend on the kernel ahead and are read before griddepcontrol.wait; x and the
-outputs only after it. Dependents, which wait for this grid's end, are triggered at once where it
-takes all SMs, so that they have each SM as soon as it is left; else behind the product, so that
-their loads do not meet this kernel's.
+outputs only after it. Dependents are triggered at once: they wait for this grid's end anyway.
 """
 
 from typing import Any
@@ -263,7 +261,7 @@ class PrefillKernel:
     def epilogue(self, s: Shared, tiles: Tiles, tid: Int32, mBias: Any, out: Outputs) -> None:
         """From products to stored weights and ids, tile by tile."""
         c = self.cfg
-        if tid == 0 and tiles.step == c.clusters:
+        if tid == 0:
             cute.arch.griddepcontrol_launch_dependents()
         if cutlass.const_expr(c.extras.second_bias):
             put_biases(s.sBias, mBias, out.extra, c.spec.num_experts, tid, c.epilogue_threads)
@@ -290,7 +288,6 @@ class PrefillKernel:
         if cutlass.const_expr(self.all_multiply) or tid < c.mma_threads:
             self.mainloop.accumulate(s, tid, tiles, turn, self.exchange)
             if last:  # no load will meet logits
-                cute.arch.griddepcontrol_launch_dependents()
                 self.mainloop.free_held(s, tiles, turn)
         self.exchange.wait(s, turn)
         has_bias = c.spec.has_bias or c.extras.second_bias
