@@ -67,7 +67,7 @@ def test_right_in_every_order_and_the_same_bits_in_all(config, N):
             assert torch.equal(routing.weights, first.weights), f"{order}: not the same bits"
 
 
-@pytest.mark.parametrize("config", [CONFIGS[i][0] for i in (3, 6, 14)], ids=name_of)
+@pytest.mark.parametrize("config", [CONFIGS[i][0] for i in (3, 6, 14, 18)], ids=name_of)
 def test_rows_of_every_kind_are_within_the_specification(config):
     case = Case("every kind", config.spec.num_experts, config.spec.hidden_size, len(ROWS))
     x, W, bias = draw(case, "cpu", kinds=list(ROWS))

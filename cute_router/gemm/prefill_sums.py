@@ -30,7 +30,7 @@ class WholeSums:
         return rSums
 
     def zero_at(self, start: Int32) -> Int32:
-        """The block from which on accumulators count, in a chain from `start` on."""
+        """The K block that adds to nothing, in or before a chain from `start` on."""
         return start
 
     def add(self, rAcc: cute.Tensor, rSums: cute.Tensor, last: Boolean) -> None:
@@ -52,7 +52,7 @@ class SplitSums:
         return rUpper
 
     def zero_at(self, start: Int32) -> Int32:
-        """The block from which on accumulators count, in a chain from `start` on."""
+        """The K block that adds to nothing, in or before a chain from `start` on."""
         return Int32(0)
 
     @cute.jit

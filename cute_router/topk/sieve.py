@@ -81,8 +81,7 @@ class Sieve(Layout):
         """The best entries of a row. rScores: (ENTRY) this lane's, -inf where there is none.
 
         `score(index)` is any entry's again; sList: (capacity) of the row, of a type that holds an
-        index. Every lane of the
-        warp calls; `lane` counts within the row.
+        index. Every lane of the warp calls; `lane` counts within the row.
         """
         maxima = WarpSort(self.lanes, self.width, NUMBERS).greatest(self.maxima(rScores), lane)
         rMarks = cute.make_rmem_tensor(-(-self.entries // BITS), Uint32)
