@@ -1,6 +1,7 @@
 """The public functions: what they mean, and which way a call goes.
 
-    torch.compile, torch.export    the torch op of the same name (`ops`), which tracers see whole
+    torch.compile, torch.export,   the torch op of the same name (`ops`), which tracers see whole
+    fake tensors
     autograd records the call      the same op, for its gradient (`gradient`)
     the call has extras            `extended`, or its op; no gradient
     any other call                 `eager`, straight
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.compiler import is_compiling
 
 from cute_router import eager, extended
@@ -91,7 +93,7 @@ def dense_decode(
 
     CUDA tensors run the kernels of `backend_for(x.device)`; CPU tensors run the fp64 reference.
     """
-    if extras is None and not (is_compiling() or recorded(x, W)):
+    if extras is None and not (_traced(x) or recorded(x, W)):
         options = (top_k, scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
         factor, backend = routed_scaling_factor, "gemm.decode"
         return eager.dense(backend, x, W, bias, factor, options, out_weights, out_ids)
@@ -125,7 +127,7 @@ def dense_prefill(
     last places from those of `dense_decode`, unless `batch_invariant` is set, which has both run
     the same kernel.
     """
-    if extras is None and not (is_compiling() or recorded(x, W)):
+    if extras is None and not (_traced(x) or recorded(x, W)):
         options = (top_k, scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
         factor, backend = routed_scaling_factor, "gemm.prefill"
         return eager.dense(backend, x, W, bias, factor, options, out_weights, out_ids)
@@ -157,7 +159,7 @@ def route(
     with `batch_invariant` there is no difference. Arguments, result and errors are those of
     `dense_decode`.
     """
-    if extras is None and not (is_compiling() or recorded(x, W)):
+    if extras is None and not (_traced(x) or recorded(x, W)):
         options = (top_k, scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
         factor, backend = routed_scaling_factor, eager.dense_backend(x)
         return eager.dense(backend, x, W, bias, factor, options, out_weights, out_ids)
@@ -217,9 +219,9 @@ def hash_route(
     """
     call = (token_ids, table, x, W, routed_scaling_factor, scoring, renormalize, pdl)
     if extras is not None:
-        k = table.shape[-1] if is_compiling() else 0
+        k = table.shape[-1] if _traced(table) else 0
         return _with_extras("hash_route", call, (x, W), k, out_weights, out_ids, extras)
-    if is_compiling():
+    if _traced(token_ids):
         return _by_op(ops.hash_route, call, (x, W), out_weights, out_ids)
     if recorded(x, W):
         check_hash(*call)
@@ -272,7 +274,7 @@ def activation_topk(
     if extras is not None:
         inputs = (logits,)
         return _with_extras("activation_topk", call, inputs, top_k, out_weights, out_ids, extras)
-    if is_compiling():
+    if _traced(logits):
         return _by_op(ops.activation_topk, call, (logits,), out_weights, out_ids)
     if recorded(logits):
         check_logits(logits, bias, routed_scaling_factor, (top_k, *options))
@@ -322,7 +324,7 @@ def topk(
             raise TypeError(f"out must be (values, indices) or None; got {out!r}")
         values, indices = out
     call = (scores, k, sorted, lengths, index_dtype)
-    if not is_compiling():
+    if not _traced(scores):
         if not recorded(scores):
             return eager.topk(*call, values, indices)
         check_topk(*call)
@@ -331,6 +333,11 @@ def topk(
     _refuse_recording("out", scores)
     ops.topk.out(*call, out_values=values, out_indices=indices)
     return TopK(*out)
+
+
+def _traced(t: Any) -> bool:
+    """Whether a tracer calls: `t`, one of the arguments, has no values."""
+    return is_compiling() or t.__class__ is FakeTensor
 
 
 def _dense(
@@ -344,7 +351,7 @@ def _dense(
     x, W, bias, top_k, factor, *options = call
     if extras is not None:
         return _with_extras(name, call, (x, W), top_k, out_weights, out_ids, extras)
-    if not is_compiling():  # tracers have no values to check
+    if not _traced(x):  # tracers have no values to check
         check(x, W, bias, factor, (top_k, *options))
     return _by_op(getattr(ops, name), call, (x, W), out_weights, out_ids)
 
@@ -389,7 +396,7 @@ def _with_extras(
 ) -> Routing:
     """The function `name` of `extended`, or for tracers its op, which writes to given outputs."""
     _refuse_recording("extras", *inputs)
-    if not is_compiling():
+    if not _traced(call[0]):
         function = getattr(extended, name)
         routing: Routing = function(*call, out_weights=out_weights, out_ids=out_ids, extras=extras)
         return routing

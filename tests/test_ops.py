@@ -176,6 +176,23 @@ def test_a_mode_sees_an_op_that_records_nothing():
         assert ops.dense_decode(*fakes)[1].fake_mode is mode
 
 
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_fake_tensors_never_reach_a_kernel(name, monkeypatch):
+    for arguments, options in samples(name):
+        wanted = getattr(cute_router, name)(*arguments, **options)
+        with FakeTensorMode() as mode, monkeypatch.context() as patched:
+            patched.setattr(functional, "eager", None)
+
+            def fake(value, mode=mode):
+                return mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+
+            fakes = {key: fake(value) for key, value in options.items()}
+            found = getattr(cute_router, name)(*map(fake, arguments), **fakes)
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+            assert ours.fake_mode is mode
+
+
 def test_a_view_that_negates_is_read_negated():
     x, W, _ = dense()
     assert same(ops.dense_decode(torch._neg_view(x), W), ops.dense_decode(-x, W))
