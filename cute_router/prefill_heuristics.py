@@ -19,7 +19,7 @@ from cute_router.extras import ExtrasSpec
 from cute_router.gemm.config import MAX_SMEM, TILE_K, ceil_div, runs
 from cute_router.gemm.prefill_config import MAX_WHOLE_SUMS, PrefillConfig, can_implement
 from cute_router.spec import RouterSpec
-from cute_router.topk.config import WARP, at_most
+from cute_router.topk.config import WARP, fitted
 
 SMS = 132
 # Clusters that run at once, by their size, of CTAs that fill an SM each, as an H200 says
@@ -121,10 +121,8 @@ def lanes_of(config: PrefillConfig) -> int:
     if not config.by_threshold:
         return WARP
     spare = config.epilogue_threads // config.owned
-    lanes = at_most(1 << max(2, min(5, spare.bit_length() - 1)), config.spec.num_experts)
-    while lanes * MAX_ENTRIES < config.spec.num_experts:
-        lanes *= 2
-    return lanes
+    lanes = 1 << max(2, min(5, spare.bit_length() - 1))
+    return fitted(lanes, config.spec.num_experts, MAX_ENTRIES)
 
 
 def deepest(config: PrefillConfig) -> PrefillConfig:

@@ -75,6 +75,11 @@ class RouterSpec:
         check_bool("has_bias", self.has_bias)
         check_selection(self.num_experts, self.top_k, self.scoring, self.n_group, self.topk_group)
 
+    @property
+    def scores_are_independent(self) -> bool:
+        """Whether an expert's score follows from its own logit, and alone says if it is chosen."""
+        return self.scoring != "softmax" and self.n_group == 1
+
 
 def check_selection(
     num_experts: int, top_k: int, scoring: str, n_group: int, topk_group: int

@@ -119,7 +119,7 @@ class DecodeConfig:
     @property
     def by_candidates(self) -> bool:
         """Whether k candidates a group decide. Softmax and groups need every logit of a token."""
-        return self.spec.scoring != "softmax" and self.spec.n_group == 1
+        return self.spec.scores_are_independent
 
     @property
     def candidates(self) -> int:

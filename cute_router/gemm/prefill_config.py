@@ -122,8 +122,8 @@ class PrefillConfig:
 
     @property
     def by_threshold(self) -> bool:
-        """Whether the experts' scores are independent of each other, and a threshold decides."""
-        return self.spec.scoring != "softmax" and self.spec.n_group == 1
+        """Whether a threshold decides. Softmax and groups need every logit of a token."""
+        return self.spec.scores_are_independent
 
     @property
     def lay(self) -> "Sieve":

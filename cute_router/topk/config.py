@@ -61,10 +61,10 @@ def at_most(lanes: int, length: int) -> int:
     return lanes
 
 
-def fitted(lanes: int, length: int) -> int:
-    """`at_most` so many lanes, but more where one would have more entries than it has room for."""
+def fitted(lanes: int, length: int, room: int = MAX_ENTRIES) -> int:
+    """`at_most` so many lanes, but more where one has not `room` for its entries."""
     lanes = at_most(lanes, length)
-    while lanes * MAX_ENTRIES < length:
+    while lanes * room < length:
         lanes *= 2
     return lanes
 
@@ -119,8 +119,8 @@ class GateConfig:
 
     @property
     def by_threshold(self) -> bool:
-        """Whether the experts' scores are independent of each other, and a threshold decides."""
-        return self.spec.scoring != "softmax" and self.spec.n_group == 1
+        """Whether a threshold decides. Softmax and groups need every logit of a token."""
+        return self.spec.scores_are_independent
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from cute_router import compile as compiler
 from cute_router.arch import target_for
 from cute_router.extras import PLAIN, Extras, ExtrasSpec
 from cute_router.short_way import REFUSED, is_factor, routing_outputs
-from cute_router.spec import HIDDEN_MULTIPLE, RouterSpec, Routing, Scoring
+from cute_router.spec import HIDDEN_MULTIPLE, RouterSpec, Routing
 from cute_router.topk.config import GateConfig, dtype_name, gate_shape
 from cute_router.topk.rows import (
     MAX_BUCKET,
@@ -39,7 +40,7 @@ def fast(
         if not (N > 0 and row_stride >= E and is_factor(factor)):
             return None
         aligned, device = starts_are_aligned(logits, row_stride), logits.get_device()
-        kernel = plan_of(E, bias is not None, *options, logits.dtype, aligned, N, device)
+        kernel = plan_of(E, bias is not None, logits.dtype, aligned, N, device, *options)
         weights, ids = routing_outputs(N, options[0], device, out_weights, out_ids)
         kernel(logits, bias, weights, ids, factor)
     except REFUSED:
@@ -85,21 +86,18 @@ def bucket_of(N: int, batch_invariant: bool) -> int:
 def plan_of(
     E: int,
     has_bias: bool,
-    top_k: int,
-    scoring: Scoring,
-    renormalize: bool,
-    n_group: int,
-    topk_group: int,
-    batch_invariant: bool,
-    pdl: bool,
     dtype: torch.dtype,
     aligned: bool,
     N: int,
     device: int,
+    *options: Any,
 ) -> Callable[..., None]:
-    """The kernel of a call, by what the call says; raises where it says something wrong."""
-    router = (top_k, scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
-    spec = spec_of(E, HIDDEN_MULTIPLE, has_bias, *router)
+    """The kernel of a call, by what the call says; raises where it says something wrong.
+
+    options: those of `Options`, one by one, because the table tells types apart in no tuple.
+    """
+    spec = spec_of(E, HIDDEN_MULTIPLE, has_bias, *options)
+    batch_invariant, pdl = options[-2:]
     if dtype not in FLOATS:
         raise TypeError(f"there is no kernel for logits of {dtype}")
     vector = aligned and whole_runs(E, dtype)

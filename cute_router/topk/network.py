@@ -51,7 +51,7 @@ WORDS: Order = (greater, less)
 NUMBERS: Order = (larger, smaller)
 
 
-def sort(values: list[Any], order: Order = WORDS) -> list[Any]:
+def sort(values: list[Any], order: Order) -> list[Any]:
     """`values`, as many as a power of two, in descending order."""
     values, (most, least) = list(values), order
     for i, j in _odd_even_pairs(len(values)):
