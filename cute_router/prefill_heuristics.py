@@ -5,8 +5,9 @@ Nothing here looks at a GPU: the caller says for which target, and how many SMs 
     cycles = turns * (K blocks * max(multiply, load, wait) + chains + exchange + choice)
              + (turns - 1) * reload + start
 
-of the CTA that has most to do; its constants are a fit to 84 times on an H200 (docs/perf_log.md),
-within 8 % of them on average. What wins is the configuration with the fewest; of equals the first.
+of the CTA that has most to do; its constants are a fit to 452 times on an H200 (docs/perf_log.md),
+to choose well rather than to foretell: what it chooses took 0.4 % longer than the best of them on
+average. What wins is the configuration with the fewest; of equals the first.
 """
 
 from collections.abc import Iterator
@@ -31,16 +32,15 @@ FEWEST_TOKENS = 64  # of the smallest bucket
 MAX_BUCKET = 1 << 17  # with so many token tiles, more of them make no difference
 
 # All in cycles of an SM, or bytes in one.
-MMA_START = 12  # of each MMA of 64 tokens and 16 of K, beside half a cycle for an expert
-INGRESS = 64  # bytes into an SM
-SUPPLY = 60  # bytes from the L2 to each of SMS; what is multicast counts once
-LATENCY = 1900  # from a free stage to a full one
-CHAIN = 550  # between two chains of MMAs
-EXCHANGED = 17.5  # bytes of logits out of an SM
-CHOOSING, ADDING = 0.4, 0.085  # for a logit, and for each of its partial sums beyond the first
-CHOICE_START = 200  # for each tile
-RELOAD = 6000  # for each tile but the last, whose logits no loads go beside
-CLUSTER_START = 1150  # for each doubling of the cluster
+MMA_START = 8  # of each MMA of 64 tokens and 16 of K, beside half a cycle for an expert
+INGRESS = 70  # bytes into an SM
+LATENCY = 1950  # from a free stage to a full one
+CHAIN = 690  # between two chains of MMAs
+EXCHANGED = 9.7  # bytes of logits out of an SM
+CHOOSING, ADDING = 0.63, 0.08  # for a logit, and for each of its partial sums beyond the first
+CHOICE_START = 2000  # for each tile
+RELOAD = 2400  # for each tile but the last, whose logits no loads go beside
+CLUSTER_START = 560  # for each doubling of the cluster
 
 
 def prefill_config(
@@ -94,7 +94,6 @@ def candidates(
             split_k,
             stages=MAX_STAGES,
             clusters=max(1, AT_ONCE[cluster] * sms // SMS),
-            multicast=hopper and split_e in (2, 4, 8),
             overlay=overlay,
             pdl=pdl,
         )
@@ -138,11 +137,8 @@ def cycles(config: PrefillConfig, N: int) -> float:
     c = config
     tiles = ceil_div(N, c.tile_tokens)
     turns = ceil_div(tiles, c.clusters)
-    active = min(c.clusters, tiles) * c.cluster
     multiply = c.tile_tokens / 64 * TILE_K / 16 * (c.tile_experts / 2 + MMA_START)
-    x_bytes, w_bytes = (rows * TILE_K * 2 for rows in (c.tile_tokens, c.tile_experts))
-    supplied = (x_bytes / c.loaders + w_bytes) / (SUPPLY * SMS / active)
-    block = max(multiply, c.tile_bytes / INGRESS, supplied, LATENCY / (c.stages - 1))
+    block = max(multiply, c.tile_bytes / INGRESS, LATENCY / (c.stages - 1))
     chains = CHAIN * (ceil_div(c.k_blocks, c.chain) - 1)
     exchange = c.tile_tokens * c.tile_experts * 4 / EXCHANGED
     adding = ADDING * (c.split_k - 1)

@@ -55,10 +55,9 @@ def test_the_product_is_the_targets_own(build):
 
 
 @over(PREFILL)
-def test_loads_are_tmas_that_multicast_where_they_should_and_logits_meet_in_the_cluster(build):
+def test_loads_are_tmas_and_logits_meet_in_the_cluster(build):
     assert "cp.async.bulk.tensor" in build.ptx
     c = build.config
-    assert ("multicast::cluster" in build.ptx) == c.multicast
     assert ("st.async.shared::cluster" in build.ptx) == (c.cluster > 1)
 
 

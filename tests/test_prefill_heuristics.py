@@ -72,15 +72,12 @@ REFUSED = [
     (HOPPER, {"lanes": 6}, r"lanes must be one of \(4, 8, 16, 32\) and at least .*; got 6"),
     (HOPPER, {"split_k": 8, "lanes": 2}, "lanes must be one of .*; got 2"),
     (HOPPER, {"split_e": 4, "split_k": 4, "tile_tokens": 64, "lanes": 4}, "at least 32 / owned=4"),
-    (BLACKWELL, {"multicast": True}, "multicast is for sm_90a and split_e 2, 4 or 8; got sm_100a"),
-    (HOPPER, {"split_e": 3, "multicast": True}, "multicast is for .*; got sm_90a, split_e=3"),
     (BLACKWELL, {"overlay": True}, "overlay is for sm_90a; got sm_100a"),
     (
         replace(HOPPER, overlay=True, stages=2),
         {"spec": RouterSpec(256, 128), "stages": 3},
         "overlay takes at most k_blocks=2 stages; got stages=3",
     ),
-    (HOPPER, {"split_e": 1, "multicast": True}, "multicast is for .*; got sm_90a, split_e=1"),
     (HOPPER, {"stages": 6}, r"needs \d+ bytes of shared memory; a CTA has 232448"),
 ]
 

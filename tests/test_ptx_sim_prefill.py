@@ -26,20 +26,20 @@ CONFIGS = [
     (PrefillConfig(RouterSpec(100, 200), "sm_90a", 64, 1, 1, 3), 50),
     (PrefillConfig(RouterSpec(64, 264), "sm_90a", 64, 1, 2, 2, 1), 100),
     (PrefillConfig(RouterSpec(300, 200), "sm_90a", 128, 2, 1, 2, 1), 150),
-    (PrefillConfig(RouterSpec(256, 328), "sm_90a", 64, 2, 2, 2, 1, 16, multicast=True), 100),
-    (PrefillConfig(RouterSpec(144, 264), "sm_90a", 64, 2, 3, 2, 1, 16, True, True), 140),
+    (PrefillConfig(RouterSpec(256, 328), "sm_90a", 64, 2, 2, 2, 1, 16), 100),
+    (PrefillConfig(RouterSpec(144, 264), "sm_90a", 64, 2, 3, 2, 1, 16, True), 140),
     (PrefillConfig(RouterSpec(100, 200), "sm_90a", 64, 1, 1, 2, 1, 8, overlay=True), 150),
-    (PrefillConfig(RouterSpec(144, 328), "sm_90a", 128, 2, 1, 3, 1, 4, True, True), 260),
+    (PrefillConfig(RouterSpec(144, 328), "sm_90a", 128, 2, 1, 3, 1, 4, True), 260),
     (PrefillConfig(RouterSpec(64, 2120), "sm_90a", 64, 1, 1, 3, 1, 8, overlay=True), 70),
     (PrefillConfig(RouterSpec(144, 128, 32, has_bias=False), "sm_90a", 64, 4, 2, 2, 1, 8), 70),
-    (PrefillConfig(RouterSpec(300, 128, 8), "sm_90a", 128, 4, 1, 3, 1, 8, multicast=True), 140),
+    (PrefillConfig(RouterSpec(300, 128, 8), "sm_90a", 128, 4, 1, 3, 1, 8), 140),
     (PrefillConfig(RouterSpec(7, 8, 3, renormalize=False), "sm_90a", 128, 1, 1, 4, 1, 4), 1),
     (PrefillConfig(RouterSpec(300, 200, 8, "softmax"), "sm_90a", 64, 2, 2, 2, lanes=32), 65),
     (PrefillConfig(RouterSpec(256, 72, 8, "sigmoid", **GROUPS), "sm_90a", 128, lanes=32), 33),
     (PrefillConfig(RouterSpec(100, 200), "sm_100a", 128, 1, 1, 3), 50),
     (PrefillConfig(RouterSpec(300, 264), "sm_100a", 128, 2, 2, 2, 1), 150),
     (PrefillConfig(RouterSpec(200, 200, 1, "sigmoid"), "sm_100a", 128, 1, 2, 2, 1, 4), 130),
-    (PrefillConfig(RouterSpec(144, 72, 32), "sm_100a", 128, 4, 1, 4, 1, 16), 129),
+    (PrefillConfig(RouterSpec(144, 72, 32), "sm_100a", 128, 4, 2, 4, 1, 16), 129),
     (PrefillConfig(RouterSpec(256, 72, 8, "softmax", **GROUPS), "sm_100a", 128, lanes=32), 33),
     (PrefillConfig(RouterSpec(224, 4168), "sm_90a", 64, 1, 1, 4, 1, 8, overlay=True), 70),
 ]
@@ -50,7 +50,7 @@ def name_of(value: object) -> str:
         return f"N{value}"
     c, s = value, value.spec
     split = f"tile{c.tile_tokens}-e{c.split_e}-k{c.split_k}"
-    split += "-multicast" * c.multicast + "-overlay" * c.overlay
+    split += "-overlay" * c.overlay
     return f"{c.arch}-E{s.num_experts}-K{s.hidden_size}-k{s.top_k}-{s.scoring}-{split}"
 
 

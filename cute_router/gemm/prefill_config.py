@@ -42,7 +42,6 @@ class PrefillConfig:
     stages:      K blocks that shared memory holds, a ring.
     clusters:    of a launch, at most; they take the token tiles in turns.
     lanes:       of a warp, that choose for one token; 32 unless `by_threshold`.
-    multicast:   whether the `split_e` CTAs load parts of their x tile for each other (sm_90 only).
     overlay:     whether logits take the place of the ring, which then has more stages, but no loads
                  for the next tile under way while experts are chosen (sm_90 only: on sm_100 the
                  next tile is multiplied meanwhile).
@@ -58,7 +57,6 @@ class PrefillConfig:
     stages: int = 4
     clusters: int = 66
     lanes: int = 8
-    multicast: bool = False
     overlay: bool = False
     pdl: bool = True
     extras: ExtrasSpec = PLAIN
@@ -72,11 +70,6 @@ class PrefillConfig:
     def cluster(self) -> int:
         """CTAs that share a token tile."""
         return self.split_e * self.split_k
-
-    @property
-    def loaders(self) -> int:
-        """CTAs that load parts of one's x tile, itself included."""
-        return self.split_e if self.multicast else 1
 
     @property
     def tile_experts(self) -> int:
@@ -168,9 +161,17 @@ class PrefillConfig:
         return 2 if self.cluster == 1 and not self.blackwell else 4
 
     @property
+    def stores_own(self) -> bool:
+        """Whether a CTA stores what it owns itself, and does not send it like the rest.
+
+        Where that is little, one way for all takes less time.
+        """
+        return self.cluster < 8
+
+    @property
     def token_bytes(self) -> int:
-        """Bytes of a token's logits, or of parts of their sums, that its owner gets from others."""
-        return (self.cluster - 1) * self.tile_experts * 4
+        """Bytes of a token's logits, or of parts of their sums, that are sent to its owner."""
+        return (self.cluster - self.stores_own) * self.tile_experts * 4
 
     @property
     def held(self) -> int:
@@ -233,10 +234,6 @@ def can_implement(config: PrefillConfig) -> None:
     if c.lanes not in lanes or WARP // c.lanes > c.owned:
         raise ValueError(
             f"lanes must be one of {lanes} and at least {WARP} / owned={c.owned}; got {c.lanes}"
-        )
-    if c.multicast and (c.blackwell or c.split_e not in (2, 4, 8)):
-        raise ValueError(
-            f"multicast is for sm_90a and split_e 2, 4 or 8; got {c.arch}, split_e={c.split_e}"
         )
     if c.overlay and c.blackwell:
         raise ValueError(f"overlay is for sm_90a; got {c.arch}")

@@ -56,6 +56,9 @@ class Exchange:
     @cute.jit
     def open(self, s: Shared, turn: Int32, tid: Int32) -> None:
         """Wait until the owners have room for the logits of tile `turn`."""
+        if cutlass.const_expr(self.cfg.cluster > 1):
+            if turn == 0:
+                cute.arch.cluster_wait()  # their barriers are initialised
         if cutlass.const_expr(self.cfg.overlay):
             self.multiplied.arrive_and_wait()
             self.say_room(s, tid, arrive_relaxed_at_peer)  # behind the fence of the last `close`
@@ -77,37 +80,51 @@ class Exchange:
     def send(self, s: Shared, tiles: Tiles, rAcc: cute.Tensor, at: list[Start]) -> None:
         """Send sums, run by run, to the owners of their tokens."""
         c = self.cfg
-        for row in cutlass.range_constexpr(self.rows):
-            token, expert = at[row]
-            owner = token // c.owned
-            crd = (tiles.e_part * c.tile_experts + expert, token % c.owned, tiles.k_part)
-            place = cute.assume(cute.crd2idx(crd, self.layout()), divby=self.vector)
-            slot = s.sLogits.iterator + place
-            if cutlass.const_expr(c.cluster == 1) or owner == tiles.rank:
-                self.store(slot, rAcc, at, row)
-            else:
-                self.store_async(at_peer(slot, owner), at_peer(s.part, owner), rAcc, at, row)
+        owners = [at[row][0] // c.owned for row in range(self.rows)]
+        slots = [self.slot(s, tiles, at[row]) for row in range(self.rows)]
+        if cutlass.const_expr(not c.stores_own):
+            self.store_async(s, owners, slots, rAcc, at, range(len(at)))
+        else:
+            for row in cutlass.range_constexpr(self.rows):
+                runs = range(row, len(at), self.rows)
+                if cutlass.const_expr(c.cluster == 1) or owners[row] == tiles.rank:
+                    self.store(slots[row], rAcc, at, runs)
+                else:
+                    self.store_async(s, owners, slots, rAcc, at, runs)
 
-    @cute.jit
-    def store(self, slot: cute.Pointer, rAcc: cute.Tensor, at: list[Start], row: int) -> None:
-        """A token's sums to this CTA's own memory, from `slot` on."""
+    def slot(self, s: Shared, tiles: Tiles, start: Start) -> cute.Pointer:
+        """Where the owner of a run keeps it."""
+        c, (token, expert) = self.cfg, start
+        crd = (tiles.e_part * c.tile_experts + expert, token % c.owned, tiles.k_part)
+        return s.sLogits.iterator + cute.assume(cute.crd2idx(crd, self.layout()), divby=self.vector)
+
+    def store(self, slot: cute.Pointer, rAcc: cute.Tensor, at: list[Start], runs: range) -> None:
+        """A token's sums to this CTA's own memory; its first run to `slot`."""
         v = self.vector
-        rRun = cute.make_rmem_tensor(v, Float32)
-        for i in cutlass.range_constexpr(row, len(at), self.rows):
-            for j in cutlass.range_constexpr(v):
+        for i in runs:
+            rRun = cute.make_rmem_tensor(v, Float32)
+            for j in range(v):
                 rRun[j] = rAcc[v * i + j]
-            distance = cute.assume(at[i][1] - at[row][1], divby=v)
+            distance = cute.assume(at[i][1] - at[runs[0]][1], divby=v)
             cute.make_tensor((slot + distance).align(4 * v), cute.make_layout(v)).store(rRun.load())
 
-    @cute.jit
     def store_async(
-        self, slot: Int32, barrier: Int32, rAcc: cute.Tensor, at: list[Start], row: int
+        self,
+        s: Shared,
+        owners: list[Int32],
+        slots: list[cute.Pointer],
+        rAcc: cute.Tensor,
+        at: list[Start],
+        runs: range,
     ) -> None:
-        """A token's sums to a peer."""
-        v = self.vector
-        for i in cutlass.range_constexpr(row, len(at), self.rows):
+        """Sums to the owners of their tokens; the first run of each token to its slot there."""
+        v, rows = self.vector, {i % self.rows for i in runs}
+        there = {row: at_peer(slots[row], owners[row]) for row in rows}
+        barriers = {row: at_peer(s.part, owners[row]) for row in rows}
+        for i in runs:
+            row = i % self.rows
             words = tuple(rAcc[v * i + j].bitcast(Int32) for j in range(v))
-            store_async(slot + 4 * (at[i][1] - at[row][1]), words, barrier)
+            store_async(there[row] + 4 * (at[i][1] - at[row][1]), words, barriers[row])
 
     @cute.jit
     def wait(self, s: Shared, turn: Int32) -> None:

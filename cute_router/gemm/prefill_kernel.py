@@ -6,17 +6,16 @@
     never leave the cluster.
 
     warp        role      work
-    0..7 (3)    epilogue  bias, trigger dependents; for each tile
+    0..7 (3)    epilogue  bias; for each tile
                           [sm_90: WGMMA, a warpgroup for 64 tokens]; accumulators -> the owners'
-                          rows of logits -> choice -> store
+                          rows of logits (trigger dependents) -> choice -> store
     next        load      barriers; TMA W, wait for the kernel ahead, TMA x; then a ring
                           [sm_90: of a warpgroup that trades registers; its other warps leave]
     last        mma       [sm_100 only] TMEM, tcgen05.mma
 
     barrier   producer -> consumer             arrivals                     bytes
     full[s]   load -> mma                      1                            x tile + W tile
-    free[s]   mma -> loads of its parts        warps x loaders              -
-                                               or 1 (tcgen05.commit)
+    free[s]   mma -> load                      warps, or 1 (tcgen05.commit) -
     done      mma -> epilogue (sm_100)         1 (tcgen05.commit)           -
     drained   epilogue -> mma (sm_100)         its warps                    -
     part      cluster -> owner's epilogue      1                            owned tokens x E
@@ -26,7 +25,8 @@ A CTA waits for everything that others send it, so that none exits too early and
 cluster stands at the end.
 
 W and bias do not depend on the kernel ahead and are read before griddepcontrol.wait; x and the
-outputs only after it. Dependents are triggered at once: they wait for this grid's end anyway.
+outputs only after it. Dependents are triggered behind the last product: they wait for this grid's
+end anyway, and before, their loads would meet this grid's.
 """
 
 from typing import Any
@@ -35,7 +35,7 @@ import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
-from cutlass import BFloat16, Float32, Int16, Int32, Int64, Uint8, Uint16
+from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint16
 from cutlass.cute.nvgpu import cpasync
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from cutlass.memory import SmemAllocator
@@ -191,11 +191,11 @@ class PrefillKernel:
     def init_barriers(self, s: Shared) -> None:
         """Initialise the CTA's barriers and arm those of the first loads. One warp calls."""
         c = self.cfg
-        readers = c.mma_threads // WARP * c.loaders
+        readers = 1 if c.blackwell else c.mma_threads // WARP
         with cute.arch.elect_one():
             for stage in cutlass.range_constexpr(c.stages):
                 cute.arch.mbarrier_init(s.full + stage, 1)
-                cute.arch.mbarrier_init(s.free + stage, 1 if c.blackwell else readers)
+                cute.arch.mbarrier_init(s.free + stage, readers)
             cute.arch.mbarrier_init(s.done, 1)
             cute.arch.mbarrier_init(s.drained, c.epilogue_threads // WARP)
             cute.arch.mbarrier_init(s.part, 1)
@@ -213,25 +213,17 @@ class PrefillKernel:
         cute.copy(atom_w, tWgW[(None, depth)], tWsW[(None, stage)], tma_bar_ptr=s.full + stage)
 
     def load_tokens(self, atom_x, loads, s: Shared, tiles: Tiles, block: Int32) -> None:
-        """One TMA load of x, or of a part for all that share the tile."""
+        """One TMA load of x."""
         c, (tXsX, tXgX) = self.cfg, loads[0]
         stage, depth = block % c.stages, tiles.k_part * c.k_blocks + block % c.k_blocks
         tile = tiles.first + block // c.k_blocks * tiles.step
-        peers = Int32((1 << c.split_e) - 1) << tiles.k_part * c.split_e
-        cute.copy(
-            atom_x,
-            tXgX[(None, tile, depth)],
-            tXsX[(None, stage)],
-            tma_bar_ptr=s.full + stage,
-            mcast_mask=Int16(peers) if c.multicast else None,
-        )
+        source = tXgX[(None, tile, depth)]
+        cute.copy(atom_x, source, tXsX[(None, stage)], tma_bar_ptr=s.full + stage)
 
     @cute.jit
     def load(self, atom_x: cute.CopyAtom, atom_w: cute.CopyAtom, loads, s: Shared, tiles: Tiles):
         """Load x behind the kernel ahead, then what of both did not fit at first."""
         c = self.cfg
-        if cutlass.const_expr(c.cluster > 1):
-            cute.arch.cluster_wait()  # the peers' barriers are initialised
         cute.arch.griddepcontrol_wait()
         for block in cutlass.range_constexpr(self.head):
             self.load_tokens(atom_x, loads, s, tiles, Int32(block))
@@ -242,27 +234,21 @@ class PrefillKernel:
                 cute.arch.mbarrier_arrive_and_expect_tx(s.full + block % c.stages, c.tile_bytes)
             self.load_tokens(atom_x, loads, s, tiles, block)
             self.load_weights(atom_w, loads, s, tiles, block)
-        if cutlass.const_expr(c.loaders > 1):  # see through what others get from here, and say
-            for block in cutlass.range(total, total + c.stages):
-                self.wait_free(s, block)
 
     @cute.jit
     def wait_free(self, s: Shared, block: Int32) -> None:
-        """Wait until all that get parts of a block have read the one before it in its stage."""
+        """Wait until the block before this one in its stage has been read."""
         c = self.cfg
         barrier, phase = s.free + block % c.stages, (block // c.stages + 1) % 2
         cute.arch.mbarrier_wait(barrier, phase)
         if cutlass.const_expr(c.overlay):
             if block % c.k_blocks < c.held:  # logits were there
-                cute.arch.fence_acq_rel_cluster()
                 cute.arch.fence_proxy("async.shared", space="cta")
 
     @cute.jit
     def epilogue(self, s: Shared, tiles: Tiles, tid: Int32, mBias: Any, out: Outputs) -> None:
         """From products to stored weights and ids, tile by tile."""
         c = self.cfg
-        if tid == 0:
-            cute.arch.griddepcontrol_launch_dependents()
         if cutlass.const_expr(c.extras.second_bias):
             put_biases(s.sBias, mBias, out.extra, c.spec.num_experts, tid, c.epilogue_threads)
         elif cutlass.const_expr(mBias is not None):
@@ -270,8 +256,6 @@ class PrefillKernel:
             while expert < c.spec.num_experts:
                 s.sBias[expert] = mBias[expert]
                 expert = expert + c.epilogue_threads
-        if cutlass.const_expr(c.cluster > 1):
-            cute.arch.cluster_wait()  # the peers' barriers are initialised
         cute.arch.griddepcontrol_wait()  # nothing global is written before this
         self.meet.arrive_and_wait()
         self.mainloop.enter(s)
@@ -288,7 +272,8 @@ class PrefillKernel:
         if cutlass.const_expr(self.all_multiply) or tid < c.mma_threads:
             self.mainloop.accumulate(s, tid, tiles, turn, self.exchange)
             if last:  # no load will meet logits
-                self.mainloop.free_held(s, tiles, turn)
+                cute.arch.griddepcontrol_launch_dependents()
+                self.mainloop.free_held(s, turn)
         self.exchange.wait(s, turn)
         has_bias = c.spec.has_bias or c.extras.second_bias
         sBias = s.sBias if cutlass.const_expr(has_bias) else None
@@ -300,7 +285,7 @@ class PrefillKernel:
         if not last:
             self.exchange.close(s, tid)
             if cutlass.const_expr(self.all_multiply) or tid < c.mma_threads:
-                self.mainloop.free_held(s, tiles, turn)
+                self.mainloop.free_held(s, turn)
 
 
 def trace(config: PrefillConfig) -> tuple[PrefillKernel, tuple[Any, ...]]:

@@ -85,7 +85,7 @@ class PrefillMainloop(ABC):
         """Take part in the product of tile `turn`; all of the thread's sums go to `sink`."""
 
     @abstractmethod
-    def free_held(self, s: Shared, tiles: Tiles, turn: Int32) -> None:
+    def free_held(self, s: Shared, turn: Int32) -> None:
         """Free the stages of tile `turn` whose place its logits had taken."""
 
     @abstractmethod

@@ -164,7 +164,7 @@ class PrefillSm100(PrefillMainloop):
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive(s.drained)
 
-    def free_held(self, s: Shared, tiles: Tiles, turn: Int32) -> None:
+    def free_held(self, s: Shared, turn: Int32) -> None:
         """Nothing: none is held."""
 
     def leave(self) -> None:

@@ -18,7 +18,6 @@ from cute_router.gemm.config import TILE_K
 from cute_router.gemm.prefill_config import WARPGROUP, PrefillConfig
 from cute_router.gemm.prefill_mainloop import PrefillMainloop, Shared, Sink, Start, Tiles
 from cute_router.gemm.prefill_sums import SplitSums, WholeSums
-from cute_router.gemm.ptx import arrive_relaxed_at_peer
 from cute_router.topk.ptx import opaque
 
 
@@ -74,26 +73,26 @@ class PrefillSm90(PrefillMainloop):
     def tma_atoms(self, mX: cute.Tensor, mW: cute.Tensor, layout_x, layout_w):
         """(atom, coordinate tensor) for x and for W."""
         c, op = self.cfg, cpasync.CopyBulkTensorTileG2SOp()
-        op_x = cpasync.CopyBulkTensorTileG2SMulticastOp() if c.multicast else op
         stage_x, stage_w = (cute.select(layout, mode=[0, 1]) for layout in (layout_x, layout_w))
         tile_x, tile_w = (c.tile_tokens, TILE_K), (c.tile_experts, TILE_K)
         return (
-            cpasync.make_tiled_tma_atom(op_x, mX, stage_x, tile_x, num_multicast=c.loaders),
+            cpasync.make_tiled_tma_atom(op, mX, stage_x, tile_x),
             cpasync.make_tiled_tma_atom(op, mW, stage_w, tile_w),
         )
 
     def partition(self, atoms, sX: cute.Tensor, sW: cute.Tensor, tiles: Tiles):
-        """The tiles as TMA sees them; of those that are shared, this CTA's part."""
-        c, e_part = self.cfg, tiles.e_part
-        part = e_part if c.multicast else 0
+        """The tiles as TMA sees them."""
+        c = self.cfg
         (atom_x, mX), (atom_w, mW) = atoms
         gX = cute.local_tile(mX, (c.tile_tokens, TILE_K), (None, None))  # (NT, KT, TILE, K_BLOCK)
-        gW = cute.local_tile(mW, (c.tile_experts, TILE_K), (e_part, None))  # (ET, KT, K_BLOCK)
+        gW = cute.local_tile(
+            mW, (c.tile_experts, TILE_K), (tiles.e_part, None)
+        )  # (ET, KT, K_BLOCK)
         return tuple(
             cpasync.tma_partition(
-                atom, i, cute.make_layout(n), cute.group_modes(s, 0, 2), cute.group_modes(g, 0, 2)
+                atom, 0, cute.make_layout(1), cute.group_modes(s, 0, 2), cute.group_modes(g, 0, 2)
             )
-            for atom, i, n, s, g in ((atom_x, part, c.loaders, sX, gX), (atom_w, 0, 1, sW, gW))
+            for atom, s, g in ((atom_x, sX, gX), (atom_w, sW, gW))
         )
 
     def enter(self, s: Shared) -> None:
@@ -101,7 +100,7 @@ class PrefillSm90(PrefillMainloop):
 
     def accumulate(self, s: Shared, tid: Int32, tiles: Tiles, turn: Int32, sink: Sink) -> None:
         """Multiply; all of the thread's sums at once."""
-        rSum = self.multiply(s, tid, tiles, turn)
+        rSum = self.multiply(s, tid, turn)
         # Known before the product, places would take registers all through it.
         thr = self.tiled_mma().get_slice(opaque(tid))
         coords = thr.partition_C(cute.make_identity_tensor(self.tile[:2]))
@@ -133,7 +132,7 @@ class PrefillSm90(PrefillMainloop):
         return rRuns, at
 
     @cute.jit
-    def multiply(self, s: Shared, tid: Int32, tiles: Tiles, turn: Int32) -> cute.Tensor:
+    def multiply(self, s: Shared, tid: Int32, turn: Int32) -> cute.Tensor:
         """The product of a tile: a chain of WGMMAs, or several (`gemm.prefill_sums`)."""
         c = self.cfg
         mma = self.tiled_mma()
@@ -146,22 +145,20 @@ class PrefillSm90(PrefillMainloop):
         at = self.ring(turn * c.k_blocks)
         if cutlass.const_expr(c.chain == c.k_blocks):
             zero, whole = Int32(0), Int32(c.k_blocks)
-            self.multiply_chain(s, rAcc, tCrX, tCrW, tiles, zero, whole, zero, at)
+            self.multiply_chain(s, rAcc, tCrX, tCrW, zero, whole, zero, at)
             return rAcc
         rSums = self.sums.begin(rAcc)
         start = Int32(0)
         while start < c.k_blocks:
             end = cutlass.min(start + c.chain, c.k_blocks)
             zero_at = self.sums.zero_at(start)
-            at = self.multiply_chain(s, rAcc, tCrX, tCrW, tiles, start, end, zero_at, at)
+            at = self.multiply_chain(s, rAcc, tCrX, tCrW, start, end, zero_at, at)
             self.sums.add(rAcc, rSums, end == c.k_blocks)
             start = end
         return self.sums.total(rAcc, rSums)
 
     @cute.jit
-    def multiply_chain(
-        self, s: Shared, rAcc, tCrX, tCrW, tiles: Tiles, start, end, zero_at, at: Place
-    ) -> Place:
+    def multiply_chain(self, s: Shared, rAcc, tCrX, tCrW, start, end, zero_at, at: Place) -> Place:
         """Add the products of the K blocks `start` to `end` of a tile; where the ring is then.
 
         Block `zero_at` starts from 0, any other one adds to what the accumulators hold. That is
@@ -182,12 +179,12 @@ class PrefillSm90(PrefillMainloop):
             warpgroup.commit_group()
             warpgroup.wait_group(1)
             if block > start:
-                self.release(s, tiles, last.stage, block - 1)
+                self.release(s, last.stage, block - 1)
             last = at
             at = self.step(at)
         warpgroup.wait_group(0)
         self.settle(rAcc)
-        self.release(s, tiles, last.stage, end - 1)
+        self.release(s, last.stage, end - 1)
         return at
 
     def settle(self, rAcc: cute.Tensor) -> None:
@@ -208,35 +205,25 @@ class PrefillSm90(PrefillMainloop):
         )
 
     @cute.jit
-    def release(self, s: Shared, tiles: Tiles, stage: Int32, block: Int32) -> None:
+    def release(self, s: Shared, stage: Int32, block: Int32) -> None:
         """Free the stage of a tile's block that has been read, unless it is held."""
         c = self.cfg
         if cutlass.const_expr(c.held == 0) or block < c.k_blocks - c.held:
-            self.free(s, tiles, stage)
+            self.free(s, stage)
 
     @cute.jit
-    def free_held(self, s: Shared, tiles: Tiles, turn: Int32) -> None:
+    def free_held(self, s: Shared, turn: Int32) -> None:
         """Free the stages that are held."""
         for i in cutlass.range_constexpr(self.cfg.held):
-            self.free(s, tiles, self.ring((turn + 1) * self.cfg.k_blocks - 1 - i).stage)
+            self.free(s, self.ring((turn + 1) * self.cfg.k_blocks - 1 - i).stage)
         if cutlass.const_expr(self.cfg.held):
             cute.arch.sync_warp()  # what follows takes whole warps
 
     @cute.jit
-    def free(self, s: Shared, tiles: Tiles, stage: Int32) -> None:
-        """Tell all who load parts of a block that its stage is free.
-
-        Relaxed: tensor cores have read it, or all is behind a fence (`Exchange.close`).
-        """
-        c = self.cfg
-        barrier = s.free + stage
-        if cutlass.const_expr(c.loaders > 1):
-            lane = cute.arch.lane_idx()
-            if lane < c.loaders:
-                arrive_relaxed_at_peer(barrier, tiles.k_part * c.split_e + lane)
-        else:
-            with cute.arch.elect_one():
-                cute.arch.mbarrier_arrive(barrier)
+    def free(self, s: Shared, stage: Int32) -> None:
+        """Tell the loads that a stage is free."""
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive(s.free + stage)
 
     def leave(self) -> None:
         """Nothing."""

@@ -6,7 +6,6 @@ from ptx_sim import lanes
 from ptx_sim.access import global_array, word_count
 from ptx_sim.errors import Hazard, Misuse, Unsupported
 from ptx_sim.lanes import Lanes
-from ptx_sim.memory import WINDOW
 from ptx_sim.proxies import STRANGERS
 from ptx_sim.warp import Warp
 
@@ -83,20 +82,6 @@ def load_tensor(
     warp.line = line
     for lane in np.flatnonzero(m):
         load_box(warp, lane, to, name, at, barrier)
-    return ()
-
-
-def multicast_tensor(
-    warp: Warp, line: int, m: Lanes, opcode: str, to, name, at, barrier, mask, *_hint
-) -> tuple:
-    """The same box to the same place of every CTA of a mask, each of whose barriers counts."""
-    warp.line = line
-    place = np.uint32((1 << WINDOW) - 1)
-    for lane in np.flatnonzero(m):
-        for rank in range(16):
-            if int(mask[lane]) >> rank & 1:
-                window = np.uint32(rank << WINDOW)
-                load_box(warp, lane, to & place | window, name, at, barrier & place | window)
     return ()
 
 

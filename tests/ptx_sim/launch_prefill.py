@@ -32,8 +32,7 @@ def simulate_prefill(
     memory = GlobalMemory()
     results, extra = Results(memory, N, k, c.extras), ExtraParams(memory, extras)
 
-    rows = c.tile_tokens // c.split_e if c.multicast else c.tile_tokens
-    params = [*tma_params("x", x, rows), *tma_params("W", W, c.tile_experts)]
+    params = [*tma_params("x", x, c.tile_tokens), *tma_params("W", W, c.tile_experts)]
     if bias is not None:
         params.append(tensor_param(memory, "bias", bias.numpy().view(np.uint32).copy()))
     params += [*results.params, struct.pack("<f", factor), *extra.params]

@@ -42,10 +42,6 @@ EFFECTS = {
     "mbarrier.arrive.relaxed.cluster.shared::cluster": (synchronisation.barrier_arrive_peer, 0),
     "mbarrier.arrive.expect_tx.shared": (synchronisation.barrier_expect, 1),
     f"{TMA}.shared::c": (copies.load_tensor, 0),
-    f"{TMA}.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster": (
-        copies.multicast_tensor,
-        0,
-    ),
     "cp.async.cg.shared.global": (copies.copy_async, 0),
     "cp.async.commit_group": (copies.copy_commit, 0),
     "cp.async.wait_group": (copies.copy_wait, 0),
