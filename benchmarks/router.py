@@ -135,15 +135,15 @@ def measure(problem: Problem, w_stream: float, bandwidth: float, compiled: bool)
     us[CUBLAS] = graph_us(lambda i: cublas_logits(problem, i), len(problem.Ws))
     if N <= FEW_TOKENS:
         us[FLOOR] = w_stream
-    subject = subject_of(problem.xs[0])
+    subject = subject_of(problem.xs[0], problem.Ws[0])
     return Result(E, K, N, subject, us, floors(E, K, N, bandwidth), absent | failed)
 
 
-def subject_of(x: Tensor) -> str:
-    """What `ours` calls for these hidden states, and whose kernel that is."""
+def subject_of(x: Tensor, W: Tensor) -> str:
+    """What `ours` calls for these tensors, and whose kernel that is."""
     if x.shape[0] <= FEW_TOKENS:
         return "dense_decode"
-    return f"route ({dense_backend(x).removeprefix('gemm.')} kernel)"
+    return f"route ({dense_backend(x, W).removeprefix('gemm.')} kernel)"
 
 
 def contenders(problem: Problem, compiled: bool) -> tuple[dict[str, Call], dict[str, str]]:

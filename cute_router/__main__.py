@@ -24,9 +24,10 @@ import torch
 from cute_router import compile as compiler
 from cute_router import selftest
 from cute_router.arch import MAX_CLUSTER, TARGETS
+from cute_router.crossover import decode_tokens
 from cute_router.gemm.config import DecodeConfig, can_implement
 from cute_router.gemm.prefill_config import PrefillConfig
-from cute_router.heuristics import DECODE_TOKENS, decode_config
+from cute_router.heuristics import MAX_BUCKET, decode_config
 from cute_router.prefill_heuristics import prefill_config
 from cute_router.prefill_heuristics import token_bucket as prefill_bucket
 from cute_router.spec import SCORINGS, RouterSpec
@@ -61,9 +62,9 @@ def add_compile(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "--tokens",
         type=token_count,
         nargs="+",
-        default=range(1, DECODE_TOKENS + 1),
+        default=range(1, MAX_BUCKET + 1),
         metavar="N",
-        help=f"batch sizes to serve (default: 1 to {DECODE_TOKENS}, those of decode)",
+        help=f"batch sizes to serve (default: 1 to {MAX_BUCKET})",
     )
     add("--batch-invariant", action="store_true", help="as batch_invariant=True of dense_decode")
     add(
@@ -132,7 +133,7 @@ def choose(options: argparse.Namespace) -> dict[DecodeConfig | PrefillConfig, li
     plan: dict[DecodeConfig | PrefillConfig, list[int]] = {}
     for N in sorted(set(options.tokens)):
         config: DecodeConfig | PrefillConfig
-        if N <= DECODE_TOKENS or invariant:
+        if invariant or decode_tokens(spec.num_experts, spec.hidden_size) >= N:
             config = decode_config(spec, N, arch, batch_invariant=invariant, **shared)
             can_implement(config)
         else:  # of a GPU with as many SMs as an H200

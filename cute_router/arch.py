@@ -8,6 +8,9 @@ from cute_router.driver import result_of
 
 # Compute capability -> target. 10.3 runs the code of the family sm_100f, not that of sm_100a.
 TARGETS = {(9, 0): "sm_90a", (10, 0): "sm_100a", (10, 3): "sm_100f"}
+# Clusters that run at once, by their size, of CTAs that fill an SM each, as an H200 says
+# (cuOccupancyMaxActiveClusters). One cluster more would take a turn of its own.
+CLUSTERS_AT_ONCE = {1: 132, 2: 66, 3: 39, 4: 30, 6: 17, 8: 15, 16: 7}
 MAX_CLUSTER = 16  # CTAs; beyond 8 a cluster is non-portable, and a device may refuse it
 NOTHING = b".version 7.8\n.target sm_90\n.address_size 64\n.visible .entry nothing() { ret; }\n\0"
 

@@ -177,7 +177,7 @@ def _warn_once(folder: Path, reason: str) -> None:
 
 def warmup(
     spec: RouterSpec,
-    tokens: Iterable[int] = (1, 8, 16, 32, 64, 128),
+    tokens: Iterable[int] = (1, 8, 16, 32, 48, 64, 96, 128),
     device: torch.device | str = "cuda",
     *,
     batch_invariant: bool = False,

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from cute_router import cpu
-from cute_router.heuristics import DECODE_TOKENS
+from cute_router.crossover import ALWAYS, decode_tokens
+from cute_router.heuristics import MAX_BUCKET
 from cute_router.spec import Routing, Scoring, TopK
 from cute_router.validate import (
     Options,
@@ -33,10 +34,14 @@ from cute_router.validate import (
 )
 
 
-def dense_backend(x: Any) -> str:
-    """The CUDA backend that `route` runs for these hidden states, which are not checked yet."""
-    many = isinstance(x, Tensor) and x.ndim == 2 and x.shape[0] > DECODE_TOKENS
-    return "gemm.prefill" if many else "gemm.decode"
+def dense_backend(x: Any, W: Any) -> str:
+    """The CUDA backend that `route` runs for these arguments, which are not checked yet."""
+    if not (isinstance(x, Tensor) and x.ndim == 2 and x.shape[0] > ALWAYS):
+        return "gemm.decode"
+    if x.shape[0] <= MAX_BUCKET and isinstance(W, Tensor) and W.ndim == 2:
+        few = x.shape[0] <= decode_tokens(W.shape[0], x.shape[1])
+        return "gemm.decode" if few else "gemm.prefill"
+    return "gemm.prefill"
 
 
 def dense(
@@ -64,8 +69,8 @@ def dense(
     return Routing(weights, ids)
 
 
-def _dense_function(name: str, backend: Callable[[Any], str]) -> Callable[..., Routing]:
-    """The dense function `functional.<name>`, whose backend x decides."""
+def _dense_function(name: str, backend: Callable[[Any, Any], str]) -> Callable[..., Routing]:
+    """The dense function `functional.<name>`, whose backend x and W decide."""
 
     def function(
         x: Tensor,
@@ -84,14 +89,14 @@ def _dense_function(name: str, backend: Callable[[Any], str]) -> Callable[..., R
     ) -> Routing:
         options = (top_k, scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
         factor = routed_scaling_factor
-        return dense(backend(x), x, W, bias, factor, options, out_weights, out_ids)
+        return dense(backend(x, W), x, W, bias, factor, options, out_weights, out_ids)
 
     function.__name__ = function.__qualname__ = name
     return function
 
 
-dense_decode = _dense_function("dense_decode", lambda x: "gemm.decode")
-dense_prefill = _dense_function("dense_prefill", lambda x: "gemm.prefill")
+dense_decode = _dense_function("dense_decode", lambda x, W: "gemm.decode")
+dense_prefill = _dense_function("dense_prefill", lambda x, W: "gemm.prefill")
 route = _dense_function("route", dense_backend)
 
 

@@ -51,8 +51,8 @@ def dense(
     return _routing(weights, ids)
 
 
-def _dense_function(name: str, backend: Callable[[Any], str]) -> Callable[..., Routing]:
-    """The dense function `functional.<name>`, whose backend x decides."""
+def _dense_function(name: str, backend: Callable[[Any, Any], str]) -> Callable[..., Routing]:
+    """The dense function `functional.<name>`, whose backend x and W decide."""
 
     def function(
         x: Tensor,
@@ -73,14 +73,14 @@ def _dense_function(name: str, backend: Callable[[Any], str]) -> Callable[..., R
     ) -> Routing:
         options = (top_k, scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
         call = (x, W, bias, routed_scaling_factor, options, out_weights, out_ids, extras)
-        return dense(backend(x), *call)
+        return dense(backend(x, W), *call)
 
     function.__name__ = function.__qualname__ = name
     return function
 
 
-dense_decode = _dense_function("dense_decode", lambda x: "gemm.decode")
-dense_prefill = _dense_function("dense_prefill", lambda x: "gemm.prefill")
+dense_decode = _dense_function("dense_decode", lambda x, W: "gemm.decode")
+dense_prefill = _dense_function("dense_prefill", lambda x, W: "gemm.prefill")
 route = _dense_function("route", dense_backend)
 
 

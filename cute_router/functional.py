@@ -153,15 +153,15 @@ def route(
     out_ids: Tensor | None = None,
     extras: Extras | None = None,
 ) -> Routing:
-    """Choose and weigh the experts of each token: `dense_decode` or `dense_prefill`, by N.
+    """Choose and weigh the experts of each token: `dense_decode` or `dense_prefill`, by the shape.
 
-    The first serves up to 128 tokens, the second more, as measured on an H200 (docs/perf_log.md);
-    with `batch_invariant` there is no difference. Arguments, result and errors are those of
-    `dense_decode`.
+    The first serves up to 64, 96 or 128 tokens, by E and K, the second more: what a model fitted to
+    an H200 says (docs/perf_log.md). With `batch_invariant` there is no difference. Arguments,
+    result and errors are those of `dense_decode`.
     """
     if extras is None and not (_traced(x) or recorded(x, W)):
         options = (top_k, scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
-        factor, backend = routed_scaling_factor, eager.dense_backend(x)
+        factor, backend = routed_scaling_factor, eager.dense_backend(x, W)
         return eager.dense(backend, x, W, bias, factor, options, out_weights, out_ids)
     rest = (scoring, renormalize, n_group, topk_group, batch_invariant, pdl)
     call = (x, W, bias, top_k, routed_scaling_factor, *rest)

@@ -7,8 +7,9 @@ What was measured on the GPU at hand comes before it (`tuning`).
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
+from math import log2
 
-from cute_router.arch import MAX_CLUSTER
+from cute_router.arch import CLUSTERS_AT_ONCE, MAX_CLUSTER
 from cute_router.extras import PLAIN, ExtrasSpec
 from cute_router.gemm.config import (
     GROUP,
@@ -22,20 +23,29 @@ from cute_router.gemm.config import (
 )
 from cute_router.spec import RouterSpec
 
-MAX_BUCKET = 128
-DECODE_TOKENS = 128  # up to so many the decode kernel is the faster one (docs/perf_log.md)
-FEWEST = 2  # tokens of the smallest bucket
+BUCKETS = (2, 8, 16, 32, 48, 64, 96, 128)
+FEWEST, MAX_BUCKET = BUCKETS[0], BUCKETS[-1]
+ONE_TILE = 32  # tokens; more are worth several token tiles
 WAVE = 128  # CTAs that run at once on every GPU this serves
 WAVE_ALONE = 112  # CTAs that do, in clusters of 16, each alone on its SM (H200: 7 clusters)
 SMALL_WEIGHTS = 4 << 20  # bytes of W
 
+# The model of more than `ONE_TILE` tokens. All in cycles of an SM, or bytes in one.
+SM_SMEM, RESERVED = 228 << 10, 1 << 10  # of an SM, and of each CTA for the system
+INGRESS = 34  # bytes of operands into a CTA
+RING = 4 / 3  # times as long, where not all K blocks have room
+EXCHANGED = 10  # bytes of partial sums out of a CTA
+CROWD = 1.75  # of all that, for each cluster that runs beside one
+OWNED = 200  # for each token that a CTA owns
+START, CLUSTER_START = 2200, 360  # of a cluster, and for each doubling of it
+
 
 def token_bucket(N: int) -> int:
-    """The batch sizes that share a configuration: 2, or the power of two from 8 to 128 with N.
+    """The batch sizes that share a configuration, by the largest.
 
-    Larger batches take more tiles of the largest.
+    Batches beyond the last take more tiles of it.
     """
-    return FEWEST if N <= FEWEST else min(max(8, 1 << (N - 1).bit_length()), MAX_BUCKET)
+    return next((bucket for bucket in BUCKETS if bucket >= N), MAX_BUCKET)
 
 
 def decode_config(
@@ -54,25 +64,51 @@ def decode_config(
     same order, whatever its batch. `max_cluster` is 16, or 8 where clusters of 16 do not start.
     """
     bucket = token_bucket(N)
-    tile_tokens = 16 if batch_invariant else min(max(bucket, 8), 64)
+    tile_tokens = 16 if batch_invariant else min(max(bucket, 8), ONE_TILE)
     if arch != "sm_90a":
         tile_tokens = max(tile_tokens, 16)  # tcgen05 with N = 8 is not relied upon
-    split_k = largest_split(spec.hidden_size, max_cluster)
-    # From 64 tokens on more CTAs beat wider tiles, as long as they start together.
-    tiles = ceil_div(spec.num_experts, 64)
-    if bucket == 128 and not batch_invariant:
-        while split_k > 2 and 2 * tiles * split_k > WAVE:
-            split_k //= 2
-    elif tile_tokens == 64:
-        if split_k >= 8 and tiles * 8 * 4 <= WAVE:
-            tile_tokens, split_k = 16, 8
-        else:
-            tile_tokens = 32
-    config = DecodeConfig(spec, arch, 64, tile_tokens, split_k, 0, pdl=pdl, extras=extras)
-    while config.smem_bytes + 2 * config.tile_bytes > MAX_SMEM:  # many owned columns, large k
-        config = replace(config, tile_tokens=config.tile_tokens // 2)
-    config = resident(config)
+    most = largest_split(spec.hidden_size, max_cluster)
+    config = fitting(DecodeConfig(spec, arch, 64, tile_tokens, most, 0, pdl=pdl))
+    if bucket > ONE_TILE and not batch_invariant:
+        config = min(several_tiles(config), key=lambda shape: cycles(shape, bucket))
+    config = fitting(replace(config, extras=extras))  # chosen without: they change no sums
     return config if batch_invariant else beside_its_neighbours(config, bucket)
+
+
+def fitting(config: DecodeConfig) -> DecodeConfig:
+    """`config` with as many stages as fit; with fewer tokens where not even two do."""
+    bare = replace(config, stages=0)
+    while bare.smem_bytes + 2 * bare.tile_bytes > MAX_SMEM:  # many owned columns, large k
+        bare = replace(bare, tile_tokens=bare.tile_tokens // 2)
+    return resident(bare)
+
+
+def several_tiles(own: DecodeConfig) -> list[DecodeConfig]:
+    """`own`, and what else may suit several token tiles: wider or narrower ones, less split."""
+    found = [own]
+    for tile_tokens, split_k in product((16, 32, 64), (4, 8, 16)):
+        shape = resident(replace(own, tile_tokens=tile_tokens, split_k=split_k))
+        enough = shape.stages >= min(4, shape.k_blocks)
+        if split_k <= own.split_k and enough and runs(shape, can_implement):
+            found.append(shape)
+    return found
+
+
+def cycles(config: DecodeConfig, N: int) -> float:
+    """An estimate of the time of a launch for more than `ONE_TILE` tokens.
+
+    What counts most is that all clusters run at once. Fitted to 170 times on an H200, of
+    which its choices were the best or within 3 % of it, but for two (docs/perf_log.md).
+    """
+    c = config
+    at_once = CLUSTERS_AT_ONCE[c.split_k]
+    clusters = c.expert_tiles * ceil_div(N, c.tile_tokens)
+    rounds = ceil_div(clusters, at_once * min(4, SM_SMEM // (c.smem_bytes + RESERVED)))
+    crowd = max(0.0, clusters / (at_once * rounds) - 1)
+    load = c.k_blocks * c.tile_bytes / INGRESS * (1 if c.resident else RING)
+    exchange = c.tile_tokens * c.tile_experts * 4 * (1 - 1 / c.split_k) / EXCHANGED
+    busy = (load + exchange) * (1 + CROWD * crowd) + OWNED * c.owned
+    return rounds * (busy + START + CLUSTER_START * log2(c.split_k))
 
 
 def largest_split(hidden_size: int, max_cluster: int) -> int:
@@ -90,13 +126,15 @@ def beside_its_neighbours(config: DecodeConfig, bucket: int) -> DecodeConfig:
     """`config` with what decides how it overlaps the kernels ahead of it and behind it.
 
     Measured in chains of routers (docs/perf_log.md). CTAs of two kernels on one SM disturb each
-    other by 0.1 to 0.5 us, where there is room to keep apart. Where there is not, it helps if the
-    loads of W behind do not meet this kernel's of x, except in large batches, where the kernel
-    behind needs all the time it can get. The smallest batches want it later still.
+    other by 0.1 to 0.5 us, where there is room to keep apart. Where there is not, and in large
+    batches, it helps if the loads of W behind do not meet this kernel's of x. The smallest batches
+    want it later still.
     """
     ctas = config.expert_tiles * config.split_k * ceil_div(bucket, config.tile_tokens)
-    if bucket >= 64:
-        return replace(config, trigger="start" if bucket == 64 else "wait")
+    if bucket > 64 or (bucket > ONE_TILE and config.tile_tokens > 16):
+        return replace(config, trigger="wait")
+    if bucket > ONE_TILE:
+        return replace(config, exclusive=ctas <= WAVE_ALONE, trigger="start")
     small = config.spec.num_experts * config.spec.hidden_size * 2 <= SMALL_WEIGHTS
     if ctas > WAVE_ALONE:
         trigger = "wait"

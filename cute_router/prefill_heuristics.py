@@ -15,7 +15,7 @@ from dataclasses import replace
 from itertools import product
 from math import log2
 
-from cute_router.arch import MAX_CLUSTER
+from cute_router.arch import CLUSTERS_AT_ONCE, MAX_CLUSTER
 from cute_router.extras import ExtrasSpec
 from cute_router.gemm.config import MAX_SMEM, TILE_K, ceil_div, runs
 from cute_router.gemm.prefill_config import MAX_WHOLE_SUMS, PrefillConfig, can_implement
@@ -23,9 +23,6 @@ from cute_router.spec import RouterSpec
 from cute_router.topk.config import WARP, fitted
 
 SMS = 132
-# Clusters that run at once, by their size, of CTAs that fill an SM each, as an H200 says
-# (cuOccupancyMaxActiveClusters). One cluster more would take a turn of its own.
-AT_ONCE = {1: 132, 2: 66, 3: 39, 4: 30, 6: 17, 8: 15, 16: 7}
 MAX_STAGES = 8
 MAX_ENTRIES = 96  # logits that a lane holds in registers
 FEWEST_TOKENS = 64  # of the smallest bucket
@@ -82,7 +79,7 @@ def candidates(
         (True, False) if hopper else (False,),
     ):
         cluster = split_e * split_k
-        if cluster not in AT_ONCE or cluster > max_cluster:
+        if cluster not in CLUSTERS_AT_ONCE or cluster > max_cluster:
             continue
         if split_k > ceil_div(spec.hidden_size, TILE_K):
             continue
@@ -93,7 +90,7 @@ def candidates(
             split_e,
             split_k,
             stages=MAX_STAGES,
-            clusters=max(1, AT_ONCE[cluster] * sms // SMS),
+            clusters=max(1, CLUSTERS_AT_ONCE[cluster] * sms // SMS),
             overlay=overlay,
             pdl=pdl,
         )

@@ -133,10 +133,10 @@ def test_the_rows_judged_span_the_call(router, N):
     assert {row // 64 for row in rows} == set(range(-(-N // 64)))
 
 
-def problem_of(router, N):
+def problem_of(router, N, K=64):
     """A small problem on the CPU."""
-    x, W = torch.randn(N, 64).bfloat16(), (torch.randn(16, 64) / 8).bfloat16()
-    return router.Problem(16, 64, N, [W], [x], torch.zeros(16))
+    x, W = torch.randn(N, K).bfloat16(), (torch.randn(16, K) / 8).bfloat16()
+    return router.Problem(16, K, N, [W], [x], torch.zeros(16))
 
 
 @pytest.mark.parametrize("N", [5, 700])
@@ -161,10 +161,10 @@ def test_the_subject_is_what_is_called(router, monkeypatch, N, function, subject
     called = []
     for name in ("dense_decode", "route"):
         monkeypatch.setattr(router, name, lambda *_, name=name, **__: called.append(name))
-    problem = problem_of(router, N)
+    problem = problem_of(router, N, 4096)
     router.ours(problem)(0)
     assert called == [function]
-    assert router.subject_of(problem.xs[0]) == subject
+    assert router.subject_of(problem.xs[0], problem.Ws[0]) == subject
 
 
 def test_many_tokens_get_fewer_sets_that_are_larger_than_the_cache(router, monkeypatch):

@@ -9,9 +9,13 @@ from pathlib import Path
 import pytest
 
 from cute_router import RouterSpec
-from cute_router.gemm.config import MAX_SMEM, TILE_K, can_implement
+from cute_router.arch import CLUSTERS_AT_ONCE
+from cute_router.extras import ExtrasSpec
+from cute_router.gemm.config import MAX_SMEM, TILE_K, can_implement, ceil_div
 from cute_router.heuristics import (
     MAX_BUCKET,
+    RESERVED,
+    SM_SMEM,
     candidates,
     decode_config,
     resident,
@@ -26,6 +30,7 @@ HIDDEN = (8, 64, 72, 128, 136, 264, 520, 1024, 2048, 4096, 5120, 6144, 7168, 717
 TOP_K = (1, 2, 6, 8, 16, 31, 32)
 TOKENS = (1, 2, 8, 9, 16, 17, 32, 33, 63, 64, 65, 200, 100_000)
 FLASH, PRO = RouterSpec(256, 4096), RouterSpec(384, 7168)
+EVERY = ExtrasSpec(num_valid=True, valid=True, second_bias=True, shared=1, logits=True)
 
 
 def specs(E: int):
@@ -72,7 +77,7 @@ def test_batches_of_one_bucket_share_their_configuration(spec, arch):
 def test_a_bucket_holds_its_batches_and_never_shrinks_as_they_grow():
     buckets = [token_bucket(N) for N in range(1, 201)]
     assert buckets == sorted(buckets)
-    assert set(buckets) == {2, 8, 16, 32, 64, 128}
+    assert set(buckets) == {2, 8, 16, 32, 48, 64, 96, 128}
     assert all(N <= token_bucket(N) < 2 * max(N, 8) for N in range(1, MAX_BUCKET + 1))
     assert set(buckets[MAX_BUCKET - 1 :]) == {MAX_BUCKET}
 
@@ -92,6 +97,25 @@ def test_all_k_blocks_are_resident_where_they_fit_and_else_as_many_as_do(K):
     assert config == resident(config)
     if config.stages < config.k_blocks:
         assert config.smem_bytes + config.tile_bytes > MAX_SMEM
+
+
+@pytest.mark.parametrize("N", [48, 64, 96])
+@pytest.mark.parametrize(
+    ("E", "K"), [(128, 2048), (160, 5120), (256, 4096), (256, 7168), (384, 7168)]
+)
+def test_the_clusters_of_several_token_tiles_run_at_once(E, K, N):
+    config = decode_config(RouterSpec(E, K), N, "sm_90a")
+    clusters = config.expert_tiles * ceil_div(N, config.tile_tokens)
+    on_one_sm = SM_SMEM // (config.smem_bytes + RESERVED)
+    assert clusters <= CLUSTERS_AT_ONCE[config.split_k] * on_one_sm
+
+
+@pytest.mark.parametrize("N", [1, 48, 64, 128])
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("spec", [FLASH, PRO], ids=["flash", "pro"])
+def test_extras_change_no_sums(spec, arch, N):
+    plain, more = decode_config(spec, N, arch), decode_config(spec, N, arch, extras=EVERY)
+    assert (more.tile_tokens, more.split_k) == (plain.tile_tokens, plain.split_k)
 
 
 def test_choosing_needs_neither_the_kernel_compiler_nor_a_gpu():

@@ -19,10 +19,10 @@ import torch
 from cute_router import compile as compiler
 from cute_router import heuristics, prefill_heuristics
 from cute_router.arch import backend_for, target_for
+from cute_router.crossover import decode_tokens
 from cute_router.gemm import decode, prefill
 from cute_router.gemm.config import DecodeConfig
 from cute_router.gemm.prefill_config import PrefillConfig
-from cute_router.heuristics import DECODE_TOKENS
 from cute_router.spec import RouterSpec, check_bool, check_int, type_name
 from cute_router.tuning import store
 from cute_router.tuning.bench import Bench, Launch, Launcher
@@ -81,7 +81,7 @@ def tune(
     Args:
         spec: the router.
         Ns: batch sizes; sizes of one bucket share the choice, which is measured at the largest.
-            Up to 128 they are those of the decode kernel, above of the prefill kernel.
+            They are tuned for the kernel that `route` runs for them.
         device: the CUDA device, "cuda" for the current one.
         pdl: as it will be given to `route`.
 
@@ -97,7 +97,7 @@ def tune(
     if not isinstance(spec, RouterSpec):
         raise TypeError(f"spec must be a RouterSpec; got {type_name(spec)}")
     check_bool("pdl", pdl)
-    jobs = jobs_of(Ns)
+    jobs = jobs_of(spec, Ns)
     index = device_index(device)
     choices: Table = {}
     with torch.cuda.device(index):
@@ -122,14 +122,14 @@ def use() -> None:
     prefill.kernel_of.cache_clear()
 
 
-def jobs_of(Ns: Any) -> list[Job]:
+def jobs_of(spec: RouterSpec, Ns: Any) -> list[Job]:
     """The kernels and buckets that serve these batch sizes, each once."""
     if not isinstance(Ns, Iterable):
         raise TypeError(f"Ns must be batch sizes; got {type_name(Ns)}")
     jobs = []
     for N in Ns:
         check_int("Ns", N, 1)
-        if N <= DECODE_TOKENS:
+        if decode_tokens(spec.num_experts, spec.hidden_size) >= N:
             jobs.append(Job("decode", heuristics.token_bucket(N)))
         else:
             jobs.append(Job("prefill", prefill_heuristics.token_bucket(N)))
