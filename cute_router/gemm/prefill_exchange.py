@@ -4,10 +4,11 @@ The r-th CTA of a cluster owns the r-th slice of the tile's tokens. What it gets
 
     (expert, owned token, K part)      K parts are summed where they are read (`epilogue.by_rows`)
 
-by st.async, which counts its bytes on the owner's barrier `part`; what is its own a CTA stores,
-and its threads meet. Before logits may come, every owner has told every CTA of the cluster that
-there is `room`: where they have a place of their own, that those of the last tile have been read;
-where they take that of the ring, that the product is complete, which has emptied it.
+by st.async, which counts its bytes on the owner's barrier `part`; what is its own a CTA stores, and
+its threads meet, but in large clusters it sends that too. Before logits may come, every owner has
+told every CTA of the cluster that there is `room`: where they have a place of their own, that those
+of the last tile have been read; where they take that of the ring, that the product is complete,
+which has emptied it.
 """
 
 import cutlass
@@ -129,7 +130,8 @@ class Exchange:
     @cute.jit
     def wait(self, s: Shared, turn: Int32) -> None:
         """Wait until the owned tokens' logits of tile `turn` are here."""
-        self.meet.arrive_and_wait()
+        if cutlass.const_expr(self.cfg.stores_own):
+            self.meet.arrive_and_wait()
         if cutlass.const_expr(self.cfg.cluster > 1):
             wait_cluster(s.part, turn % 2)
 
