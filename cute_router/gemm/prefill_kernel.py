@@ -51,6 +51,9 @@ from cute_router.topk.config import WARP
 
 EPILOGUE_REGISTERS, LOAD_REGISTERS = 240, 24  # where they are traded: 504 for 4 threads of an SM
 EPILOGUE_BARRIER = 1  # named barrier of the epilogue's threads; 0 is the CTA's own
+# K blocks of W that are loaded before the wait for the kernel ahead. More would stand in the way of
+# the first x where that wait is short, in CTAs that start late because there was no free SM.
+AHEAD = 2
 
 
 class PrefillKernel:
@@ -66,6 +69,7 @@ class PrefillKernel:
         self.mma_warp = self.load_warp + 1
         self.all_multiply = config.mma_threads == config.epilogue_threads
         self.head = min(config.stages, config.k_blocks)  # K blocks that find their stage empty
+        self.ahead = min(self.head, AHEAD)
 
     @cute.jit
     def __call__(
@@ -126,7 +130,7 @@ class PrefillKernel:
             cpasync.prefetch_descriptor(atom_x)
             cpasync.prefetch_descriptor(atom_w)
             self.init_barriers(s)
-            for block in cutlass.range_constexpr(self.head):
+            for block in cutlass.range_constexpr(self.ahead):
                 self.load_weights(atom_w, loads, s, tiles, Int32(block))
         cute.arch.sync_threads()
         if cutlass.const_expr(c.cluster > 1):
@@ -227,6 +231,8 @@ class PrefillKernel:
         cute.arch.griddepcontrol_wait()
         for block in cutlass.range_constexpr(self.head):
             self.load_tokens(atom_x, loads, s, tiles, Int32(block))
+            if cutlass.const_expr(block >= self.ahead):
+                self.load_weights(atom_w, loads, s, tiles, Int32(block))
         total = tiles.count * c.k_blocks
         for block in cutlass.range(self.head, total):
             self.wait_free(s, block)
