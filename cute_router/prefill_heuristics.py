@@ -6,7 +6,7 @@ Nothing here looks at a GPU: the caller says for which target, and how many SMs 
              + (turns - 1) * reload + start
 
 of the CTA that has most to do; its constants are a fit to 452 times on an H200 (docs/perf_log.md),
-to choose well rather than to foretell: what it chooses took 0.4 % longer than the best of them on
+to choose well rather than to foretell: what it chooses took 0.5 % longer than the best of them on
 average. What wins is the configuration with the fewest; of equals the first.
 """
 
