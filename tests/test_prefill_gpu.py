@@ -15,6 +15,7 @@ from oracle import assert_routing
 
 from cute_router import Routing, dense_decode, dense_prefill, route
 from cute_router.arch import target_for
+from cute_router.crossover import decode_tokens
 
 pytestmark = pytest.mark.gpu
 
@@ -114,10 +115,11 @@ def test_the_functions_are_their_host_entries(case):
 
 
 @pytest.mark.parametrize("case", [SIZES[1], replace(SIZES[14], N=700), OPTIONS[0]], ids=ids)
-def test_route_is_decode_up_to_128_tokens_and_prefill_from_129_on(case):
-    inputs = draw(replace(case, N=129), "cuda")
+def test_route_is_decode_up_to_some_tokens_and_prefill_beyond(case):
+    most = decode_tokens(case.E, case.K)
+    inputs = draw(replace(case, N=most + 1), "cuda")
     assert_same_bits(call(route, case, inputs), call(dense_prefill, case, inputs))
-    fewer = inputs._replace(x=inputs.x[:128])
+    fewer = inputs._replace(x=inputs.x[:most])
     assert_same_bits(call(route, case, fewer), call(dense_decode, case, fewer))
 
 
