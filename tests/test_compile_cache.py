@@ -24,6 +24,7 @@ from cute_router import RouterSpec
 from cute_router import __main__ as cli
 from cute_router import compile as compiler
 from cute_router.arch import TARGETS
+from cute_router.crossover import decode_tokens
 from cute_router.gemm.config import DecodeConfig
 from cute_router.heuristics import decode_config
 from cute_router.prefill_heuristics import prefill_config
@@ -424,7 +425,9 @@ def test_the_commands_options_reach_the_configuration(cache, monkeypatch, tmp_pa
 
     built.clear()
     cli.main(ROUTER)
-    served = [decode_config(RouterSpec(64, 128, 6), N, "sm_90a") for N in range(1, 129)]
+    spec, few = RouterSpec(64, 128, 6), decode_tokens(64, 128)
+    served = [decode_config(spec, N, "sm_90a") for N in range(1, few + 1)]
+    served += [prefill_config(spec, N, "sm_90a") for N in (96, 128) if few < N]
     assert built == list(dict.fromkeys(served))
 
 

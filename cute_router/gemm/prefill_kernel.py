@@ -51,9 +51,8 @@ from cute_router.topk.config import WARP
 
 EPILOGUE_REGISTERS, LOAD_REGISTERS = 240, 24  # where they are traded: 504 for 4 threads of an SM
 EPILOGUE_BARRIER = 1  # named barrier of the epilogue's threads; 0 is the CTA's own
-# K blocks of W that are loaded before the wait for the kernel ahead, by tokens of a tile. More would
-# stand in the way of the first x where that wait is short, in CTAs that start late because there was
-# no free SM.
+# K blocks of W that are loaded before the wait for the kernel ahead, by tokens of a tile. In a CTA
+# that starts late, for want of a free SM, the wait is short, and more would be in the way of x.
 AHEAD = {64: 2, 128: 4}
 
 

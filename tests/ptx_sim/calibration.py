@@ -56,7 +56,7 @@ def hopper(E: int, K: int, tile_experts: int, tile_tokens: int, split_k: int, st
 CASES = [
     Case("cluster of 16", chosen(256, 5, arch=ARCH), 5),
     Case("a ragged expert tile, N off the tile", chosen(300, 19, arch=ARCH), 19),
-    Case("softmax", chosen(64, 50, SOFTMAX, arch=ARCH), 50),
+    Case("softmax", hopper(64, 1000, 64, 16, 8, 2, **SOFTMAX), 50),
     Case("groups", chosen(256, 13, V3_GROUPS, arch=ARCH), 13),
     Case("groups of softmax", chosen(256, 4, SOFTMAX | V3_GROUPS, arch=ARCH), 4),
     Case("a ring of stages", hopper(128, 2536, 64, 16, 8, 2), 13),
