@@ -51,9 +51,9 @@ from cute_router.topk.config import WARP
 
 EPILOGUE_REGISTERS, LOAD_REGISTERS = 240, 24  # where they are traded: 504 for 4 threads of an SM
 EPILOGUE_BARRIER = 1  # named barrier of the epilogue's threads; 0 is the CTA's own
-# K blocks of W that are loaded before the wait for the kernel ahead, by tokens of a tile. In a CTA
-# that starts late, for want of a free SM, the wait is short, and more would be in the way of x.
-AHEAD = {64: 2, 128: 4}
+# K blocks of W that are loaded before the wait for the kernel ahead. In a CTA that starts late, for
+# want of a free SM, the wait is short, and more would be in the way of x.
+AHEAD = 2
 
 
 class PrefillKernel:
@@ -69,7 +69,7 @@ class PrefillKernel:
         self.mma_warp = self.load_warp + 1
         self.all_multiply = config.mma_threads == config.epilogue_threads
         self.head = min(config.stages, config.k_blocks)  # K blocks that find their stage empty
-        self.ahead = min(self.head, AHEAD[config.tile_tokens])
+        self.ahead = min(self.head, AHEAD)
 
     @cute.jit
     def __call__(
