@@ -97,8 +97,8 @@ def several_tiles(own: DecodeConfig) -> list[DecodeConfig]:
 def cycles(config: DecodeConfig, N: int) -> float:
     """An estimate of the time of a launch for more than `ONE_TILE` tokens.
 
-    What counts most is that all clusters run at once. Fitted to 170 times on an H200, of
-    which its choices were the best or within 3 % of it, but for two (docs/perf_log.md).
+    What counts most is that all clusters run at once. Fitted to a sweep on an H200, whose best
+    times 20 of its 24 choices were within 3 % of (docs/perf_log.md).
     """
     c = config
     at_once = CLUSTERS_AT_ONCE[c.split_k]
