@@ -9,7 +9,7 @@
     0..7 (3)    epilogue  bias; for each tile
                           [sm_90: WGMMA, a warpgroup for 64 tokens]; accumulators -> the owners'
                           rows of logits (trigger dependents) -> choice -> store
-    next        load      barriers; TMA W, wait for the kernel ahead, TMA x; then a ring
+    next        load      barriers; TMA some W, wait for the kernel ahead, TMA x and W; a ring
                           [sm_90: of a warpgroup that trades registers; its other warps leave]
     last        mma       [sm_100 only] TMEM, tcgen05.mma
 
@@ -226,7 +226,7 @@ class PrefillKernel:
 
     @cute.jit
     def load(self, atom_x: cute.CopyAtom, atom_w: cute.CopyAtom, loads, s: Shared, tiles: Tiles):
-        """Load x behind the kernel ahead, then what of both did not fit at first."""
+        """Load x behind the kernel ahead, and what of W is not under way yet."""
         c = self.cfg
         cute.arch.griddepcontrol_wait()
         for block in cutlass.range_constexpr(self.head):

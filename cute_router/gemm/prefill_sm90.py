@@ -84,10 +84,9 @@ class PrefillSm90(PrefillMainloop):
         """The tiles as TMA sees them."""
         c = self.cfg
         (atom_x, mX), (atom_w, mW) = atoms
-        gX = cute.local_tile(mX, (c.tile_tokens, TILE_K), (None, None))  # (NT, KT, TILE, K_BLOCK)
-        gW = cute.local_tile(
-            mW, (c.tile_experts, TILE_K), (tiles.e_part, None)
-        )  # (ET, KT, K_BLOCK)
+        tile_x, tile_w = (c.tile_tokens, TILE_K), (c.tile_experts, TILE_K)
+        gX = cute.local_tile(mX, tile_x, (None, None))  # (NT, KT, TILE, K_BLOCK)
+        gW = cute.local_tile(mW, tile_w, (tiles.e_part, None))  # (ET, KT, K_BLOCK)
         return tuple(
             cpasync.tma_partition(
                 atom, 0, cute.make_layout(1), cute.group_modes(s, 0, 2), cute.group_modes(g, 0, 2)
