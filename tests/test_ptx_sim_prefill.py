@@ -42,6 +42,9 @@ CONFIGS = [
     (PrefillConfig(RouterSpec(144, 72, 32), "sm_100a", 128, 4, 2, 4, 1, 16), 129),
     (PrefillConfig(RouterSpec(256, 72, 8, "softmax", **GROUPS), "sm_100a", 128, lanes=32), 33),
     (PrefillConfig(RouterSpec(224, 4168), "sm_90a", 64, 1, 1, 4, 1, 8, overlay=True), 70),
+    (PrefillConfig(RouterSpec(144, 712), "sm_90a", 64, 4, 4, 3, 1, 32), 70),
+    (PrefillConfig(RouterSpec(144, 712), "sm_90a", 128, 2, 8, 2, 1, 16, overlay=True), 150),
+    (PrefillConfig(RouterSpec(144, 712), "sm_100a", 128, 4, 4, 3, 1, 16), 150),
 ]
 
 
