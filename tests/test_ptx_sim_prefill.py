@@ -10,6 +10,7 @@ import oracle
 import pytest
 import torch
 from cases import ROWS, Case, draw
+from ptx_sim.errors import Misuse
 from ptx_sim.launch import ptx_of
 from ptx_sim.launch_prefill import simulate_prefill
 from ptx_sim.problem import assert_same, exact_inputs, expected, options_of
@@ -109,3 +110,11 @@ def test_a_reader_that_does_not_say_that_there_is_room_is_noticed(config):
     inputs = exact_inputs(config.spec, 2 * config.tile_tokens, ties=False)
     with pytest.raises(Exception, match="deadlock"):
         simulate_prefill(config, *inputs, policy="random0", ptx=ptx)
+
+
+@pytest.mark.parametrize(("config", "N"), [CONFIGS[3], *CONFIGS[-3:]], ids=name_of)
+def test_sums_for_a_cta_that_has_no_barriers_yet_are_noticed(config, N):
+    ptx = without(ptx_of(config), lambda line: "barrier.cluster.wait" in line)
+    inputs = exact_inputs(config.spec, N, ties=False)
+    with pytest.raises(Misuse, match="no mbarrier has been initialised"):
+        simulate_prefill(config, *inputs, policy="random1", ptx=ptx)
