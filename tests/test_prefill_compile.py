@@ -62,6 +62,13 @@ def test_loads_are_tmas_and_logits_meet_in_the_cluster(build):
 
 
 @over(PREFILL)
+def test_the_kernel_waits_for_the_one_ahead_and_lets_the_next_start_behind_its_product(build):
+    assert "griddepcontrol.wait" in build.ptx
+    product = "tcgen05.ld" if build.config.blackwell else "wgmma.mma_async"
+    assert build.ptx.rindex(product) < build.ptx.index("griddepcontrol.launch_dependents")
+
+
+@over(PREFILL)
 def test_nothing_is_spilled_or_kept_in_local_memory(build):
     assert not uses_local_memory(build)
 
