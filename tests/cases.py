@@ -17,7 +17,7 @@ from cute_router.spec import RouterSpec, Scoring
 
 FLASH = (256, 4096)  # (E, K) of DeepSeek-V4-Flash
 PRO = (384, 7168)  # and of DeepSeek-V4-Pro
-DECODE_TOKENS = (1, 2, 4, 8, 16, 32, 64)
+DECODE_TOKENS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128)
 
 SCORINGS: tuple[Scoring, ...] = ("sqrtsoftplus", "sigmoid", "softmax")
 
