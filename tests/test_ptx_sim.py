@@ -26,7 +26,7 @@ SOFTMAX = {"scoring": "softmax", "top_k": 8}
 # heuristics choose there; N fills no tile.
 CHOSEN = [
     *[(E, N, {}, {}) for E in (64, 256, 300, 384) for N in (3, 27, 61)],
-    (256, 101, {}, {}),
+    *[(E, N, {}, {}) for E, N in ((256, 45), (384, 90), (512, 90), (256, 101))],
     (144, 1, {"top_k": 1, "renormalize": False}, {}),
     (256, 13, {"top_k": 32}, {}),
     (256, 16, {"has_bias": False}, {"batch_invariant": True}),
@@ -62,6 +62,8 @@ HOPPER = [
     (chosen(256, 5, arch="sm_90a"), 5),
     (chosen(300, 29, arch="sm_90a"), 29),
     (chosen(64, 50, SOFTMAX, arch="sm_90a"), 50),
+    (chosen(384, 61, arch="sm_90a"), 61),
+    (chosen(512, 90, arch="sm_90a"), 90),
     (DecodeConfig(RouterSpec(256, 1000), "sm_90a", 128, 8, 4, 2), 7),
 ]
 
