@@ -6,7 +6,7 @@ Both models are of an H200 (`heuristics`, `prefill_heuristics`); other targets f
 from functools import cache
 
 from cute_router import heuristics, prefill_heuristics
-from cute_router.heuristics import BUCKETS, decode_config
+from cute_router.heuristics import TOKEN_BUCKETS, decode_config
 from cute_router.prefill_heuristics import prefill_config
 from cute_router.spec import RouterSpec
 
@@ -25,4 +25,4 @@ def decode_tokens(num_experts: int, hidden_size: int) -> int:
         few, many = decode_config(spec, N, "sm_90a"), prefill_config(spec, N, "sm_90a")
         return heuristics.cycles(few, N) <= prefill_heuristics.cycles(many, N)
 
-    return max(N for N in BUCKETS if N == ALWAYS or (N > ALWAYS and decodes(N)))
+    return max(N for N in TOKEN_BUCKETS if N == ALWAYS or (N > ALWAYS and decodes(N)))

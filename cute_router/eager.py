@@ -38,10 +38,9 @@ def dense_backend(x: Any, W: Any) -> str:
     """The CUDA backend that `route` runs for these arguments, which are not checked yet."""
     if not (isinstance(x, Tensor) and x.ndim == 2 and x.shape[0] > ALWAYS):
         return "gemm.decode"
-    if x.shape[0] <= MAX_BUCKET and isinstance(W, Tensor) and W.ndim == 2:
-        few = x.shape[0] <= decode_tokens(W.shape[0], x.shape[1])
-        return "gemm.decode" if few else "gemm.prefill"
-    return "gemm.prefill"
+    N, K = x.shape
+    known = N <= MAX_BUCKET and isinstance(W, Tensor) and W.ndim == 2
+    return "gemm.decode" if known and decode_tokens(W.shape[0], K) >= N else "gemm.prefill"
 
 
 def dense(

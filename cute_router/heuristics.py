@@ -23,15 +23,15 @@ from cute_router.gemm.config import (
 )
 from cute_router.spec import RouterSpec
 
-BUCKETS = (2, 8, 16, 32, 48, 64, 96, 128)
-FEWEST, MAX_BUCKET = BUCKETS[0], BUCKETS[-1]
+TOKEN_BUCKETS = (2, 8, 16, 32, 48, 64, 96, 128)
+FEWEST, MAX_BUCKET = TOKEN_BUCKETS[0], TOKEN_BUCKETS[-1]
 ONE_TILE = 32  # tokens; more are worth several token tiles
-WAVE = 128  # CTAs that run at once on every GPU this serves
-WAVE_ALONE = 112  # CTAs that do, in clusters of 16, each alone on its SM (H200: 7 clusters)
+WAVE_ALONE = 16 * CLUSTERS_AT_ONCE[16]  # CTAs at once in clusters of 16, each alone on its SM
 SMALL_WEIGHTS = 4 << 20  # bytes of W
 
 # The model of more than `ONE_TILE` tokens. All in cycles of an SM, or bytes in one.
-SM_SMEM, RESERVED = 228 << 10, 1 << 10  # of an SM, and of each CTA for the system
+RESERVED = 1 << 10  # bytes of shared memory of each CTA for the system
+MOST_ON_AN_SM = 4  # CTAs
 INGRESS = 34  # bytes of operands into a CTA
 RING = 4 / 3  # times as long, where not all K blocks have room
 EXCHANGED = 10  # bytes of partial sums out of a CTA
@@ -45,7 +45,7 @@ def token_bucket(N: int) -> int:
 
     Batches beyond the last take more tiles of it.
     """
-    return next((bucket for bucket in BUCKETS if bucket >= N), MAX_BUCKET)
+    return next((bucket for bucket in TOKEN_BUCKETS if bucket >= N), MAX_BUCKET)
 
 
 def decode_config(
@@ -103,12 +103,17 @@ def cycles(config: DecodeConfig, N: int) -> float:
     c = config
     at_once = CLUSTERS_AT_ONCE[c.split_k]
     clusters = c.expert_tiles * ceil_div(N, c.tile_tokens)
-    rounds = ceil_div(clusters, at_once * min(4, SM_SMEM // (c.smem_bytes + RESERVED)))
+    rounds = ceil_div(clusters, at_once * on_an_sm(c))
     crowd = max(0.0, clusters / (at_once * rounds) - 1)
     load = c.k_blocks * c.tile_bytes / INGRESS * (1 if c.resident else RING)
     exchange = c.tile_tokens * c.tile_experts * 4 * (1 - 1 / c.split_k) / EXCHANGED
     busy = (load + exchange) * (1 + CROWD * crowd) + OWNED * c.owned
     return rounds * (busy + START + CLUSTER_START * log2(c.split_k))
+
+
+def on_an_sm(config: DecodeConfig) -> int:
+    """CTAs that share an SM."""
+    return min(MOST_ON_AN_SM, (MAX_SMEM + RESERVED) // (config.smem_bytes + RESERVED))
 
 
 def largest_split(hidden_size: int, max_cluster: int) -> int:
@@ -130,17 +135,16 @@ def beside_its_neighbours(config: DecodeConfig, bucket: int) -> DecodeConfig:
     batches, it helps if the loads of W behind do not meet this kernel's of x. The smallest batches
     want it later still.
     """
-    ctas = config.expert_tiles * config.split_k * ceil_div(bucket, config.tile_tokens)
     if bucket > 64 or (bucket > ONE_TILE and config.tile_tokens > 16):
         return replace(config, trigger="wait")
-    if bucket > ONE_TILE:
-        return replace(config, exclusive=ctas <= WAVE_ALONE, trigger="start")
+    ctas = config.expert_tiles * config.split_k * ceil_div(bucket, config.tile_tokens)
+    alone = ctas <= WAVE_ALONE
     small = config.spec.num_experts * config.spec.hidden_size * 2 <= SMALL_WEIGHTS
-    if ctas > WAVE_ALONE:
-        trigger = "wait"
+    if alone and bucket == FEWEST and small:
+        trigger = "product"
     else:
-        trigger = "product" if bucket == FEWEST and small else "start"
-    return replace(config, exclusive=ctas <= WAVE_ALONE, trigger=trigger)
+        trigger = "start" if alone or bucket > ONE_TILE else "wait"
+    return replace(config, exclusive=alone, trigger=trigger)
 
 
 def resident(config: DecodeConfig) -> DecodeConfig:

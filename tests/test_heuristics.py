@@ -14,10 +14,9 @@ from cute_router.extras import ExtrasSpec
 from cute_router.gemm.config import MAX_SMEM, TILE_K, can_implement, ceil_div
 from cute_router.heuristics import (
     MAX_BUCKET,
-    RESERVED,
-    SM_SMEM,
     candidates,
     decode_config,
+    on_an_sm,
     resident,
     token_bucket,
 )
@@ -106,8 +105,7 @@ def test_all_k_blocks_are_resident_where_they_fit_and_else_as_many_as_do(K):
 def test_the_clusters_of_several_token_tiles_run_at_once(E, K, N):
     config = decode_config(RouterSpec(E, K), N, "sm_90a")
     clusters = config.expert_tiles * ceil_div(N, config.tile_tokens)
-    on_one_sm = SM_SMEM // (config.smem_bytes + RESERVED)
-    assert clusters <= CLUSTERS_AT_ONCE[config.split_k] * on_one_sm
+    assert clusters <= CLUSTERS_AT_ONCE[config.split_k] * on_an_sm(config)
 
 
 @pytest.mark.parametrize("N", [1, 48, 64, 128])
