@@ -38,6 +38,7 @@ from cute_router.epilogue.owner import Owner
 from cute_router.extras import PLAIN
 from cute_router.gemm.config import DecodeConfig
 from cute_router.gemm.exchange import draw_ticket
+from cute_router.gemm.inputs import fake_inputs
 from cute_router.gemm.mainloop import Shared
 from cute_router.gemm.mainloop_sm90 import MainloopSm90
 from cute_router.gemm.mainloop_sm100 import MainloopSm100
@@ -285,25 +286,11 @@ class DecodeKernel:
 def trace(config: DecodeConfig) -> tuple[DecodeKernel, tuple[Any, ...]]:
     """The kernel of `config` and stand-ins for its arguments, for `cute.compile`."""
     spec, N = config.spec, cute.sym_int32()
-    E, k = spec.num_experts, spec.top_k
-
-    # E and K are run-time values here, though the code has them built in: of a static mode of one
-    # tile the layout algebra would drop the stride, and a CTA whose K blocks are all past K would
-    # load the first block and not zeros.
-    hidden = cute.sym_int32(divisibility=8)
-
-    def matrix(rows):
-        return make_fake_tensor(
-            BFloat16, (rows, hidden), (cute.sym_int64(divisibility=8), 1), assumed_align=16
-        )
-
     return DecodeKernel(config), (
-        matrix(N),
-        matrix(cute.sym_int32()),
-        make_fake_tensor(Float32, (E,), (1,), assumed_align=4) if spec.has_bias else None,
-        *fake_results(N, k, config.extras),
+        *fake_inputs(spec, N),
+        *fake_results(N, spec.top_k, config.extras),
         make_fake_tensor(Int32, (cute.sym_int32(),), (1,), assumed_align=16),
         Float32(1.0),
         make_fake_stream(use_tvm_ffi_env_stream=True),
-        *fake_extra(N, E, config.extras),
+        *fake_extra(N, spec.num_experts, config.extras),
     )

@@ -2,69 +2,32 @@
 
     L[e, n] += sum_k W[e, k] x[n, k]        experts -> MMA-M (64 a warpgroup), tokens -> MMA-N
 
-Both operands come from shared memory, 128-byte swizzled, K innermost, as TMA left them.
+Both operands come from shared memory (`gemm.wgmma`).
 """
 
 import cutlass
 import cutlass.cute as cute
-import cutlass.utils.hopper_helpers as sm90
-from cutlass import BFloat16, Float32, Int32
-from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
-from cutlass.tensor_utils import LayoutEnum
+from cutlass import Float32, Int32
+from cutlass.cute.nvgpu import warpgroup
 
-from cute_router.gemm.config import TILE_K
+from cute_router.gemm.config import TILE_K, DecodeConfig
 from cute_router.gemm.mainloop import Mainloop, Shared
+from cute_router.gemm.wgmma import WgmmaOperands
 
 
-class MainloopSm90(Mainloop):
+class MainloopSm90(WgmmaOperands, Mainloop):
     """WGMMA, issued by the epilogue's own warps."""
 
     vector = 2
     mma_warp = False
 
-    def tiled_mma(self):
-        """One WGMMA of 64 experts for each warpgroup."""
-        c = self.cfg
-        return sm90.make_trivial_tiled_mma(
-            BFloat16,
-            BFloat16,
-            OperandMajorMode.K,
-            OperandMajorMode.K,
-            Float32,
-            (c.tile_experts // 64, 1, 1),
-            (64, c.tile_tokens),
-        )
-
-    def layouts(self):
-        """Shared-memory layouts of the W tile and the x tile, (rows, TILE_K, STAGE)."""
-        c = self.cfg
-        tile = (c.tile_experts, c.tile_tokens, TILE_K)
-        return (
-            sm90.make_smem_layout_a(LayoutEnum.ROW_MAJOR, tile, BFloat16, c.stages),
-            sm90.make_smem_layout_b(LayoutEnum.ROW_MAJOR, tile, BFloat16, c.stages),
-        )
-
-    def tma_atoms(self, mW: cute.Tensor, mX: cute.Tensor, layout_w, layout_x):
-        """(atom, coordinate tensor) for W and for x."""
-        c, op = self.cfg, cpasync.CopyBulkTensorTileG2SOp()
-        stage_w, stage_x = (cute.select(layout, mode=[0, 1]) for layout in (layout_w, layout_x))
-        return (
-            cpasync.make_tiled_tma_atom(op, mW, stage_w, (c.tile_experts, TILE_K)),
-            cpasync.make_tiled_tma_atom(op, mX, stage_x, (c.tile_tokens, TILE_K)),
-        )
+    def __init__(self, config: DecodeConfig):
+        super().__init__(config)
+        self.tile = (config.tile_experts, config.tile_tokens, TILE_K)
 
     def partition(self, atoms, sW: cute.Tensor, sX: cute.Tensor, tile_e: Int32, tile_n: Int32):
         """The tiles as TMA sees them: shared (TMA, STAGE) and global (TMA, K_BLOCK)."""
-        c = self.cfg
-        (atom_w, mW), (atom_x, mX) = atoms
-        gW = cute.local_tile(mW, (c.tile_experts, TILE_K), (tile_e, None))  # (MT, KT, K_BLOCK)
-        gX = cute.local_tile(mX, (c.tile_tokens, TILE_K), (tile_n, None))  # (NT, KT, K_BLOCK)
-        return tuple(
-            cpasync.tma_partition(
-                atom, 0, cute.make_layout(1), cute.group_modes(s, 0, 2), cute.group_modes(g, 0, 2)
-            )
-            for atom, s, g in ((atom_w, sW, gW), (atom_x, sX, gX))
-        )
+        return self.seen_by_tma(atoms, sW, sX, (tile_e, None), (tile_n, None))
 
     @cute.jit
     def accumulate(self, s: Shared, tid: Int32):
@@ -74,8 +37,7 @@ class MainloopSm90(Mainloop):
         thr = mma.get_slice(tid)
         tCrW = mma.make_fragment_A(thr.partition_A(s.sW))  # (MMA, MMA_M, MMA_K, STAGE)
         tCrX = mma.make_fragment_B(thr.partition_B(s.sX))  # (MMA, MMA_N, MMA_K, STAGE)
-        shape = (c.tile_experts, c.tile_tokens)
-        rAcc = cute.make_rmem_tensor(thr.partition_shape_C(shape), Float32)
+        rAcc = cute.make_rmem_tensor(thr.partition_shape_C(self.tile[:2]), Float32)
         mma.set(warpgroup.Field.ACCUMULATE, False)
         self.multiply_block(s, mma, rAcc, tCrW, tCrX, 0, first=True)
         if cutlass.const_expr(c.resident):
@@ -88,7 +50,7 @@ class MainloopSm90(Mainloop):
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive(s.free + (block - 1) % c.stages)
         warpgroup.wait_group(0)
-        return rAcc, thr.partition_C(cute.make_identity_tensor(shape))
+        return rAcc, thr.partition_C(cute.make_identity_tensor(self.tile[:2]))
 
     def multiply_block(self, s: Shared, mma, rAcc, tCrW, tCrX, block, first: bool = False) -> None:
         """The WGMMAs of one K block, once it is there."""

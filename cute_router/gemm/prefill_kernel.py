@@ -37,11 +37,12 @@ import cutlass.cute as cute
 import cutlass.pipeline as pipeline
 from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint16
 from cutlass.cute.nvgpu import cpasync
-from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+from cutlass.cute.runtime import make_fake_stream
 from cutlass.memory import SmemAllocator
 
 from cute_router.epilogue.by_rows import ByRows
 from cute_router.epilogue.outputs import Outputs, extra_of, fake_extra, fake_results, put_biases
+from cute_router.gemm.inputs import fake_inputs
 from cute_router.gemm.prefill_config import PrefillConfig
 from cute_router.gemm.prefill_exchange import Exchange
 from cute_router.gemm.prefill_mainloop import Shared, Tiles
@@ -297,22 +298,10 @@ class PrefillKernel:
 def trace(config: PrefillConfig) -> tuple[PrefillKernel, tuple[Any, ...]]:
     """The kernel of `config` and stand-ins for its arguments, for `cute.compile`."""
     spec, N = config.spec, cute.sym_int32()
-    E, k = spec.num_experts, spec.top_k
-
-    # E and K are run-time values here, though the code has them built in: see `decode_kernel`.
-    hidden = cute.sym_int32(divisibility=8)
-
-    def matrix(rows):
-        return make_fake_tensor(
-            BFloat16, (rows, hidden), (cute.sym_int64(divisibility=8), 1), assumed_align=16
-        )
-
     return PrefillKernel(config), (
-        matrix(N),
-        matrix(cute.sym_int32()),
-        make_fake_tensor(Float32, (E,), (1,), assumed_align=4) if spec.has_bias else None,
-        *fake_results(N, k, config.extras),
+        *fake_inputs(spec, N),
+        *fake_results(N, spec.top_k, config.extras),
         Float32(1.0),
         make_fake_stream(use_tvm_ffi_env_stream=True),
-        *fake_extra(N, E, config.extras),
+        *fake_extra(N, spec.num_experts, config.extras),
     )

@@ -2,22 +2,21 @@
 
     L[n, e] += sum_k x[n, k] W[e, k]        tokens -> MMA-M (64 a warpgroup), experts -> MMA-N
 
-Both operands come from shared memory, 128-byte swizzled, K innermost, as TMA left them.
+Both operands come from shared memory (`gemm.wgmma`).
 """
 
 from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-import cutlass.utils.hopper_helpers as sm90
-from cutlass import BFloat16, Boolean, Float32, Int32
-from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
-from cutlass.tensor_utils import LayoutEnum
+from cutlass import Boolean, Float32, Int32
+from cutlass.cute.nvgpu import warpgroup
 
 from cute_router.gemm.config import TILE_K
 from cute_router.gemm.prefill_config import WARPGROUP, PrefillConfig
 from cute_router.gemm.prefill_mainloop import PrefillMainloop, Shared, Sink, Start, Tiles
 from cute_router.gemm.prefill_sums import SplitSums, WholeSums
+from cute_router.gemm.wgmma import WgmmaOperands
 from cute_router.topk.ptx import opaque
 
 
@@ -38,7 +37,7 @@ def trade(low: list[Float32], high: list[Float32], odd: Boolean) -> list[Float32
     return [Float32(value) for value in front + back]
 
 
-class PrefillSm90(PrefillMainloop):
+class PrefillSm90(WgmmaOperands, PrefillMainloop):
     """WGMMA, issued by the epilogue's own warps."""
 
     rows = 2
@@ -49,50 +48,9 @@ class PrefillSm90(PrefillMainloop):
         self.tile = (config.tile_tokens, config.tile_experts, TILE_K)
         self.sums = SplitSums() if config.splits_sums else WholeSums()
 
-    def tiled_mma(self):
-        """One WGMMA of 64 tokens for each warpgroup."""
-        c = self.cfg
-        return sm90.make_trivial_tiled_mma(
-            BFloat16,
-            BFloat16,
-            OperandMajorMode.K,
-            OperandMajorMode.K,
-            Float32,
-            (c.tile_tokens // 64, 1, 1),
-            (64, c.tile_experts),
-        )
-
-    def layouts(self):
-        """Shared-memory layouts of the x tile and the W tile, (rows, TILE_K, STAGE)."""
-        stages = self.cfg.stages
-        return (
-            sm90.make_smem_layout_a(LayoutEnum.ROW_MAJOR, self.tile, BFloat16, stages),
-            sm90.make_smem_layout_b(LayoutEnum.ROW_MAJOR, self.tile, BFloat16, stages),
-        )
-
-    def tma_atoms(self, mX: cute.Tensor, mW: cute.Tensor, layout_x, layout_w):
-        """(atom, coordinate tensor) for x and for W."""
-        c, op = self.cfg, cpasync.CopyBulkTensorTileG2SOp()
-        stage_x, stage_w = (cute.select(layout, mode=[0, 1]) for layout in (layout_x, layout_w))
-        tile_x, tile_w = (c.tile_tokens, TILE_K), (c.tile_experts, TILE_K)
-        return (
-            cpasync.make_tiled_tma_atom(op, mX, stage_x, tile_x),
-            cpasync.make_tiled_tma_atom(op, mW, stage_w, tile_w),
-        )
-
     def partition(self, atoms, sX: cute.Tensor, sW: cute.Tensor, tiles: Tiles):
         """The tiles as TMA sees them."""
-        c = self.cfg
-        (atom_x, mX), (atom_w, mW) = atoms
-        tile_x, tile_w = (c.tile_tokens, TILE_K), (c.tile_experts, TILE_K)
-        gX = cute.local_tile(mX, tile_x, (None, None))  # (NT, KT, TILE, K_BLOCK)
-        gW = cute.local_tile(mW, tile_w, (tiles.e_part, None))  # (ET, KT, K_BLOCK)
-        return tuple(
-            cpasync.tma_partition(
-                atom, 0, cute.make_layout(1), cute.group_modes(s, 0, 2), cute.group_modes(g, 0, 2)
-            )
-            for atom, s, g in ((atom_x, sX, gX), (atom_w, sW, gW))
-        )
+        return self.seen_by_tma(atoms, sX, sW, (None, None), (tiles.e_part, None))
 
     def enter(self, s: Shared) -> None:
         """Nothing: accumulators are registers."""
