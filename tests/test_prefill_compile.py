@@ -85,8 +85,9 @@ def test_shared_memory_is_within_the_budget_and_the_budget_within_the_limit(buil
 
 
 @over({c: name for c, name in PREFILL.items() if c.blackwell})
-def test_tensor_memory_holds_the_tile(build):
-    assert build.config.tile_experts <= tmem_columns(build.ptx) <= 512
+def test_tensor_memory_holds_two_tiles(build):
+    assert build.config.buffers == 2
+    assert 2 * build.config.tile_experts <= tmem_columns(build.ptx) <= 512
 
 
 @over({c: name for c, name in PREFILL.items() if not c.blackwell})

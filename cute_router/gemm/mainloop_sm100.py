@@ -34,7 +34,7 @@ class MainloopSm100(Tcgen05Operands, Mainloop):
     def issue(self, s: Shared, warp: cutlass.Constexpr) -> None:
         """Allocate, issue the MMAs of this CTA's K blocks, free what the epilogue has read."""
         tmem = self.allocator(s.tmem, warp)
-        tmem.allocate(self.columns)
+        tmem.allocate(self.tile_columns)
         tmem.wait_for_alloc()
         pointer = tmem.retrieve_ptr(Float32)
         self.multiply(s, self.accumulators(pointer))

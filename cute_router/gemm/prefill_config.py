@@ -22,7 +22,7 @@ MAX_MMA_EXPERTS = 256  # of one instruction, on MMA-N
 MAX_CHAIN = 32  # K blocks: 2048 products of one chain
 MAX_WHOLE_SUMS = 192  # experts: sums beside accumulators are twice 96 registers a thread, of 232
 WARPGROUP = 128  # threads
-MISC = 64  # barriers beside those of the ring, and alignment, in bytes
+MISC = 32  # what barriers and TMEM's address take beside their own bytes, for alignment
 
 
 def round_up(a: int, b: int) -> int:
@@ -102,6 +102,12 @@ class PrefillConfig:
     def epilogue_threads(self) -> int:
         """Threads that choose, those that hold accumulators first."""
         return self.mma_threads if self.blackwell else 2 * WARPGROUP
+
+    @property
+    def buffers(self) -> int:
+        """Tiles that there are accumulators for: on sm_100 one is multiplied while the one before
+        is read."""
+        return 2 if self.blackwell else 1
 
     @property
     def threads(self) -> int:
@@ -206,7 +212,7 @@ class PrefillConfig:
         large = max(ring, logits) if self.overlay else ring + logits
         biases = self.padded * (8 if self.extras.second_bias else 4)
         lists = prod(self.lists) * self.list_bytes
-        barriers = 2 * self.stages * 8
+        barriers = 2 * (self.stages + self.buffers + 1) * 8
         return large + biases + lists + barriers + MISC
 
 

@@ -16,8 +16,8 @@
     barrier   producer -> consumer             arrivals                     bytes
     full[s]   load -> mma                      1                            x tile + W tile
     free[s]   mma -> load                      warps, or 1 (tcgen05.commit) -
-    done      mma -> epilogue (sm_100)         1 (tcgen05.commit)           -
-    drained   epilogue -> mma (sm_100)         its warps                    -
+    done[b]   mma -> epilogue (sm_100)         1 (tcgen05.commit)           -
+    drained[b] epilogue -> mma (sm_100)        its warps                    -
     part      cluster -> owner's epilogue      1                            owned tokens x E
     room      owners -> cluster's epilogues    CTAs of the cluster          -
 
@@ -186,9 +186,8 @@ class PrefillKernel:
             code = {1: Uint8, 2: Uint16}[c.list_bytes]
             sLists = smem.allocate_tensor(code, cute.make_layout(c.lists), 16)
         full, free = (smem.allocate_array(Int64, c.stages, byte_alignment=8) for _ in range(2))
-        done, drained, part, room = (
-            smem.allocate_array(Int64, 1, byte_alignment=8) for _ in range(4)
-        )
+        done, drained = (smem.allocate_array(Int64, c.buffers, byte_alignment=8) for _ in range(2))
+        part, room = (smem.allocate_array(Int64, 1, byte_alignment=8) for _ in range(2))
         tmem = smem.allocate_array(Int32, 1, byte_alignment=8)
         return Shared(sX, sW, sLogits, sBias, sLists, full, free, done, drained, part, room, tmem)
 
@@ -201,8 +200,9 @@ class PrefillKernel:
             for stage in cutlass.range_constexpr(c.stages):
                 cute.arch.mbarrier_init(s.full + stage, 1)
                 cute.arch.mbarrier_init(s.free + stage, readers)
-            cute.arch.mbarrier_init(s.done, 1)
-            cute.arch.mbarrier_init(s.drained, c.epilogue_threads // WARP)
+            for buffer in cutlass.range_constexpr(c.buffers):
+                cute.arch.mbarrier_init(s.done + buffer, 1)
+                cute.arch.mbarrier_init(s.drained + buffer, c.epilogue_threads // WARP)
             cute.arch.mbarrier_init(s.part, 1)
             cute.arch.mbarrier_init(s.room, c.cluster)
         cute.arch.mbarrier_init_fence()

@@ -23,8 +23,8 @@ class Shared(NamedTuple):
     sLists: Any  # (entry, token of a warp, warp)
     full: cute.Pointer  # barriers, one for each stage: loaded
     free: cute.Pointer  # barriers, one for each stage: read, may be loaded again
-    done: cute.Pointer  # barrier: a tile's product is complete (sm_100)
-    drained: cute.Pointer  # barrier: its accumulators have been read (sm_100)
+    done: cute.Pointer  # barriers, one for each buffer: a tile's product is complete (sm_100)
+    drained: cute.Pointer  # barriers, one for each buffer: it has been read (sm_100)
     part: cute.Pointer  # barrier: the owned tokens' logits have arrived
     room: cute.Pointer  # barrier: every owner has room for logits
     tmem: cute.Pointer  # the address of the accumulators (sm_100)

@@ -3,7 +3,8 @@
     L[n, e] += sum_k x[n, k] W[e, k]        tokens -> MMA-M (128), experts -> MMA-N (up to 256)
 
 One warp issues every MMA (`gemm.tcgen05`); the epilogue's four warps then read the accumulators, a
-token each, and choose while the next tile is multiplied.
+token each, and choose. Tiles take two buffers of TMEM in turns: one is multiplied while the one
+before is read and its experts are chosen.
 """
 
 import cutlass
@@ -35,15 +36,17 @@ class PrefillSm100(Tcgen05Operands, PrefillMainloop):
     @cute.jit
     def issue(self, s: Shared, tiles: Tiles, warp: cutlass.Constexpr) -> None:
         """Allocate, issue the MMAs of all tiles, free what the epilogue has read."""
+        buffers = self.cfg.buffers
         tmem = self.allocator(s.tmem, warp)
-        tmem.allocate(self.columns)
+        tmem.allocate(buffers * self.tile_columns)
         tmem.wait_for_alloc()
         pointer = tmem.retrieve_ptr(Float32)
         for turn in cutlass.range(tiles.count):
-            if turn > 0:
-                cute.arch.mbarrier_wait(s.drained, (turn - 1) % 2)
+            if turn >= buffers:
+                drained = s.drained + turn % buffers
+                cute.arch.mbarrier_wait(drained, (turn // buffers - 1) % 2)
                 cute.arch.inline_ptx("tcgen05.fence::after_thread_sync;")
-            self.multiply(s, self.accumulators(pointer), turn)
+            self.multiply(s, self.buffer(pointer, turn), turn)
         tmem.relinquish_alloc_permit()
         self.meet.arrive_and_wait()
         cute.arch.inline_ptx("tcgen05.fence::after_thread_sync;")  # the epilogue's reads are over
@@ -61,7 +64,7 @@ class PrefillSm100(Tcgen05Operands, PrefillMainloop):
         for block in cutlass.range(first + 1, first + c.k_blocks):
             self.multiply_and_free(s, mma, tAcc, tCrX, tCrW, block)
         with cute.arch.elect_one():
-            tcgen05.commit(s.done)
+            tcgen05.commit(s.done + turn % c.buffers)
 
     def multiply_and_free(
         self, s: Shared, mma, tAcc, tCrX, tCrW, block, first: bool = False
@@ -78,14 +81,15 @@ class PrefillSm100(Tcgen05Operands, PrefillMainloop):
         """A thread's token, out of TMEM in chunks."""
         shape = (self.cfg.tile_tokens, CHUNK)
         tmem = self.allocator(s.tmem, 0)
-        tAcc = self.accumulators(tmem.retrieve_ptr(Float32))[(None, None), 0, 0]
+        tAcc = self.buffer(tmem.retrieve_ptr(Float32), turn)[(None, None), 0, 0]
         tChunks = cute.flat_divide(tAcc, shape)  # (NT, CHUNK, 1, CHUNKS)
         op = tcgen05.Ld32x32bOp(tcgen05.Repetition(CHUNK))
         copy = tcgen05.make_tmem_copy(cute.make_copy_atom(op, Float32), tChunks[None, None, 0, 0])
         thr = copy.get_slice(tid)
         coords = thr.partition_D(cute.make_identity_tensor(shape))
         sink.open(s, turn, tid)
-        cute.arch.mbarrier_wait(s.done, turn % 2)
+        buffers = self.cfg.buffers
+        cute.arch.mbarrier_wait(s.done + turn % buffers, turn // buffers % 2)
         cute.arch.inline_ptx("tcgen05.fence::after_thread_sync;")
         for chunk in range(self.cfg.tile_experts // CHUNK):
             rAcc = cute.make_rmem_tensor(coords.shape, Float32)
@@ -94,14 +98,18 @@ class PrefillSm100(Tcgen05Operands, PrefillMainloop):
             runs = [coords[i] for i in range(0, CHUNK, self.vector)]
             sink.send(s, tiles, rAcc, [(token, chunk * CHUNK + e) for token, e in runs])
         cute.arch.inline_ptx("tcgen05.fence::before_thread_sync;")
-        self.drained(s)
+        self.drained(s, turn)
+
+    def buffer(self, tmem: cute.Pointer, turn: Int32) -> cute.Tensor:
+        """The accumulators of a tile."""
+        return self.accumulators(tmem + turn % self.cfg.buffers * self.tile_columns)
 
     @cute.jit
-    def drained(self, s: Shared) -> None:
+    def drained(self, s: Shared, turn: Int32) -> None:
         """This warp has read its accumulators."""
         cute.arch.sync_warp()
         with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive(s.drained)
+            cute.arch.mbarrier_arrive(s.drained + turn % self.cfg.buffers)
 
     def free_held(self, s: Shared, turn: Int32) -> None:
         """Nothing: none is held."""

@@ -27,8 +27,8 @@ class Tcgen05Operands:
     tile: tuple[int, int, int]  # rows of A, rows of B, K
 
     @property
-    def columns(self) -> int:
-        """Columns of TMEM: of fp32, one for each row of B."""
+    def tile_columns(self) -> int:
+        """Columns of TMEM that a tile's accumulators take: of fp32, one for each row of B."""
         return max(LEAST_COLUMNS, 1 << (self.tile[1] - 1).bit_length())
 
     @cached_property
