@@ -41,7 +41,7 @@ CONFIGS = [
     (PrefillConfig(RouterSpec(100, 200), "sm_100a", 128, 1, 1, 3), 50),
     (PrefillConfig(RouterSpec(300, 264), "sm_100a", 128, 2, 2, 2, 1), 150),
     (PrefillConfig(RouterSpec(200, 200, 1, "sigmoid"), "sm_100a", 128, 1, 2, 2, 1, 4), 130),
-    (PrefillConfig(RouterSpec(200, 72), "sm_100a", 128, 1, 1, 2, 1), 600),
+    (PrefillConfig(RouterSpec(200, 72), "sm_100a", 128, 1, 1, 2, 1), 500),
     (PrefillConfig(RouterSpec(144, 136), "sm_100a", 128, 2, 1, 3, 1, 8), 700),
     (PrefillConfig(RouterSpec(144, 72, 32), "sm_100a", 128, 4, 2, 4, 1, 16), 129),
     (PrefillConfig(RouterSpec(256, 72, 8, "softmax", **GROUPS), "sm_100a", 128, lanes=32), 33),

@@ -22,6 +22,9 @@ MAX_MMA_EXPERTS = 256  # of one instruction, on MMA-N
 MAX_CHAIN = 32  # K blocks: 2048 products of one chain
 MAX_WHOLE_SUMS = 192  # experts: sums beside accumulators are twice 96 registers a thread, of 232
 WARPGROUP = 128  # threads
+# Of TMEM's 512. A CTA that waits for the kernel ahead, or for its cluster, holds them; one of that
+# kernel on the same SM must find its own, or each would wait for the other.
+MAX_COLUMNS = 256
 MISC = 32  # what barriers and TMEM's address take beside their own bytes, for alignment
 
 
@@ -105,9 +108,9 @@ class PrefillConfig:
 
     @property
     def buffers(self) -> int:
-        """Tiles that there are accumulators for: on sm_100 one is multiplied while the one before
-        is read."""
-        return 2 if self.blackwell else 1
+        """Tiles that there are accumulators for: on sm_100, where there is room, one is multiplied
+        while the one before is read."""
+        return 2 if self.blackwell and 2 * self.tile_experts <= MAX_COLUMNS else 1
 
     @property
     def threads(self) -> int:

@@ -3,8 +3,8 @@
     L[n, e] += sum_k x[n, k] W[e, k]        tokens -> MMA-M (128), experts -> MMA-N (up to 256)
 
 One warp issues every MMA (`gemm.tcgen05`); the epilogue's four warps then read the accumulators, a
-token each, and choose. Tiles take two buffers of TMEM in turns: one is multiplied while the one
-before is read and its experts are chosen.
+token each, and choose while the next tile is multiplied. Up to 128 experts, tiles take two buffers
+of TMEM in turns: then the next one need not wait until this one has been read.
 """
 
 import cutlass

@@ -223,8 +223,6 @@ class Tmem:
         """The first of `columns` new columns."""
         if self.relinquished:
             raise Misuse("tcgen05.alloc after tcgen05.relinquish_alloc_permit")
-        if not self.allocated and self.next + columns > self.COLUMNS:
-            self.next = 0  # it waits until that other CTA has freed them
         if columns < 32 or columns & (columns - 1) or self.next + columns > self.COLUMNS:
             raise Misuse(f"tcgen05.alloc of {columns} columns")
         first, self.next = self.next, self.next + columns
