@@ -13,13 +13,13 @@
                           [sm_90: of a warpgroup that trades registers; its other warps leave]
     last        mma       [sm_100 only] TMEM, tcgen05.mma
 
-    barrier   producer -> consumer             arrivals                     bytes
-    full[s]   load -> mma                      1                            x tile + W tile
-    free[s]   mma -> load                      warps, or 1 (tcgen05.commit) -
-    done[b]   mma -> epilogue (sm_100)         1 (tcgen05.commit)           -
-    drained[b] epilogue -> mma (sm_100)        its warps                    -
-    part      cluster -> owner's epilogue      1                            owned tokens x E
-    room      owners -> cluster's epilogues    CTAs of the cluster          -
+    barrier     producer -> consumer           arrivals                     bytes
+    full[s]     load -> mma                    1                            x tile + W tile
+    free[s]     mma -> load                    warps, or 1 (tcgen05.commit) -
+    done[b]     mma -> epilogue (sm_100)       1 (tcgen05.commit)           -
+    drained[b]  epilogue -> mma (sm_100)       its warps                    -
+    part        cluster -> owner's epilogue    1                            owned tokens x E
+    room        owners -> cluster's epilogues  CTAs of the cluster          -
 
 A CTA waits for everything that others send it, so that none exits too early and no barrier of the
 cluster stands at the end.
