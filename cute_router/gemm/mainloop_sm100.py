@@ -24,11 +24,12 @@ class MainloopSm100(Tcgen05Operands, Mainloop):
     def __init__(self, config: DecodeConfig):
         super().__init__(config)
         self.tile = (config.tile_experts, config.tile_tokens, TILE_K)
+        self.ring = not config.resident
         self.vector = 4 if config.tile_experts == 128 else 2
 
     def partition(self, atoms, sW: cute.Tensor, sX: cute.Tensor, tile_e: Int32, tile_n: Int32):
         """The tiles as TMA sees them: shared (TMA, STAGE) and global (TMA, K_BLOCK)."""
-        return self.seen_by_tma(atoms, sW, sX, (tile_e, None), (tile_n, None))
+        return self.seen_by_tma(atoms, sW, sX, tile_e, tile_n)
 
     @cute.jit
     def issue(self, s: Shared, warp: cutlass.Constexpr) -> None:
@@ -50,23 +51,15 @@ class MainloopSm100(Tcgen05Operands, Mainloop):
         tCrW = mma.make_fragment_A(s.sW)  # (MMA, MMA_M, MMA_K, STAGE)
         tCrX = mma.make_fragment_B(s.sX)  # (MMA, MMA_N, MMA_K, STAGE)
         mma.set(tcgen05.Field.ACCUMULATE, False)
-        self.multiply_and_free(s, mma, tAcc, tCrW, tCrX, 0, first=True)
+        self.multiply_block(s, mma, tAcc, tCrW, tCrX, 0, first=True)
         if cutlass.const_expr(c.resident):
             for block in cutlass.range_constexpr(1, c.k_blocks):
-                self.multiply_and_free(s, mma, tAcc, tCrW, tCrX, block)
+                self.multiply_block(s, mma, tAcc, tCrW, tCrX, block)
         else:
             for block in cutlass.range(1, c.k_blocks):
-                self.multiply_and_free(s, mma, tAcc, tCrW, tCrX, block)
+                self.multiply_block(s, mma, tAcc, tCrW, tCrX, block)
         with cute.arch.elect_one():
             tcgen05.commit(s.done)
-
-    def multiply_and_free(
-        self, s: Shared, mma, tAcc, tCrW, tCrX, block, first: bool = False
-    ) -> None:
-        """The MMAs of one K block; in a ring its stage is then free."""
-        self.multiply_block(s, mma, tAcc, tCrW, tCrX, block, first)
-        if not self.cfg.resident:
-            self.free_behind(s, block)
 
     @cute.jit
     def accumulate(self, s: Shared, tid: Int32):

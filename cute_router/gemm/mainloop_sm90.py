@@ -27,7 +27,7 @@ class MainloopSm90(WgmmaOperands, Mainloop):
 
     def partition(self, atoms, sW: cute.Tensor, sX: cute.Tensor, tile_e: Int32, tile_n: Int32):
         """The tiles as TMA sees them: shared (TMA, STAGE) and global (TMA, K_BLOCK)."""
-        return self.seen_by_tma(atoms, sW, sX, (tile_e, None), (tile_n, None))
+        return self.seen_by_tma(atoms, sW, sX, tile_e, tile_n)
 
     @cute.jit
     def accumulate(self, s: Shared, tid: Int32):

@@ -31,7 +31,7 @@ class PrefillSm100(Tcgen05Operands, PrefillMainloop):
 
     def partition(self, atoms, sX: cute.Tensor, sW: cute.Tensor, tiles: Tiles):
         """The tiles as TMA sees them."""
-        return self.seen_by_tma(atoms, sX, sW, (None, None), (tiles.e_part, None))
+        return self.seen_by_tma(atoms, sX, sW, None, tiles.e_part)
 
     @cute.jit
     def issue(self, s: Shared, tiles: Tiles, warp: cutlass.Constexpr) -> None:
@@ -60,18 +60,11 @@ class PrefillSm100(Tcgen05Operands, PrefillMainloop):
         tCrW = mma.make_fragment_B(s.sW)  # (MMA, MMA_N, MMA_K, STAGE)
         mma.set(tcgen05.Field.ACCUMULATE, False)
         first = turn * c.k_blocks
-        self.multiply_and_free(s, mma, tAcc, tCrX, tCrW, first, first=True)
+        self.multiply_block(s, mma, tAcc, tCrX, tCrW, first, first=True)
         for block in cutlass.range(first + 1, first + c.k_blocks):
-            self.multiply_and_free(s, mma, tAcc, tCrX, tCrW, block)
+            self.multiply_block(s, mma, tAcc, tCrX, tCrW, block)
         with cute.arch.elect_one():
             tcgen05.commit(s.done + turn % c.buffers)
-
-    def multiply_and_free(
-        self, s: Shared, mma, tAcc, tCrX, tCrW, block, first: bool = False
-    ) -> None:
-        """The MMAs of one K block, counted over all tiles; its stage is free when they end."""
-        self.multiply_block(s, mma, tAcc, tCrX, tCrW, block, first)
-        self.free_behind(s, block)
 
     def enter(self, s: Shared) -> None:
         """Wait until there is tensor memory."""

@@ -50,7 +50,7 @@ class PrefillSm90(WgmmaOperands, PrefillMainloop):
 
     def partition(self, atoms, sX: cute.Tensor, sW: cute.Tensor, tiles: Tiles):
         """The tiles as TMA sees them."""
-        return self.seen_by_tma(atoms, sX, sW, (None, None), (tiles.e_part, None))
+        return self.seen_by_tma(atoms, sX, sW, None, tiles.e_part)
 
     def enter(self, s: Shared) -> None:
         """Nothing: accumulators are registers."""

@@ -25,6 +25,7 @@ class Tcgen05Operands:
 
     cfg: Any
     tile: tuple[int, int, int]  # rows of A, rows of B, K
+    ring = True  # whether stages are loaded again
 
     @property
     def tile_columns(self) -> int:
@@ -66,14 +67,11 @@ class Tcgen05Operands:
             cute.nvgpu.make_tiled_tma_atom_B(op, mB, stage_b, self.tile, mma, cluster),
         )
 
-    def seen_by_tma(self, atoms, sA: cute.Tensor, sB: cute.Tensor, coord_a, coord_b):
-        """Tiles as TMA sees them: shared (TMA, STAGE), global (TMA, ...) of A's and of B's.
-
-        coord_a, coord_b: (tile, K block); None stands for all.
-        """
+    def seen_by_tma(self, atoms, sA: cute.Tensor, sB: cute.Tensor, tile_a, tile_b):
+        """A tile of A and one of B, or all for None, as TMA sees them: shared (TMA, STAGE), global
+        (TMA, K_BLOCK) or (TMA, TILE, K_BLOCK)."""
         (atom_a, mA), (atom_b, mB) = atoms
-        (tile_a, depth), (tile_b, _) = coord_a, coord_b
-        thr, coord = self.tiled_mma().get_slice(0), (tile_a, tile_b, depth)
+        thr, coord = self.tiled_mma().get_slice(0), (tile_a, tile_b, None)
         gA = cute.local_tile(mA, self.tile, coord, proj=(1, None, 1))  # (rows, K, ...)
         gB = cute.local_tile(mB, self.tile, coord, proj=(None, 1, 1))
         pairs = ((atom_a, sA, thr.partition_A(gA)), (atom_b, sB, thr.partition_B(gB)))
@@ -95,7 +93,10 @@ class Tcgen05Operands:
         return cute.make_tensor(tmem, fragment.layout)
 
     def multiply_block(self, s: Any, mma, tAcc, tCrA, tCrB, block, first: bool = False) -> None:
-        """The MMAs of one K block, once it is there; `first`: of those that add to nothing."""
+        """The MMAs of one K block, once it is there; in a ring its stage is then free.
+
+        first: whether they add to nothing.
+        """
         stage = block % self.cfg.stages
         cute.arch.mbarrier_wait(s.full + stage, block // self.cfg.stages % 2)
         for k in range(cute.size(tCrA, mode=[2])):
@@ -103,8 +104,6 @@ class Tcgen05Operands:
             cute.gemm(mma, tAcc, tCrA_k, tCrB_k, tAcc)
             if first:  # a run-time loop could not carry the change
                 mma.set(tcgen05.Field.ACCUMULATE, True)
-
-    def free_behind(self, s: Any, block) -> None:
-        """Free the stage of a block when its MMAs have ended."""
-        with cute.arch.elect_one():
-            tcgen05.commit(s.free + block % self.cfg.stages)
+        if self.ring:
+            with cute.arch.elect_one():
+                tcgen05.commit(s.free + stage)

@@ -49,15 +49,13 @@ class WgmmaOperands:
             cpasync.make_tiled_tma_atom(op, mB, stage_b, (rows_b, depth)),
         )
 
-    def seen_by_tma(self, atoms, sA: cute.Tensor, sB: cute.Tensor, coord_a, coord_b):
-        """Tiles as TMA sees them: shared (TMA, STAGE), global (TMA, ...) of A's and of B's.
-
-        coord_a, coord_b: (tile, K block); None stands for all.
-        """
+    def seen_by_tma(self, atoms, sA: cute.Tensor, sB: cute.Tensor, tile_a, tile_b):
+        """A tile of A and one of B, or all for None, as TMA sees them: shared (TMA, STAGE), global
+        (TMA, K_BLOCK) or (TMA, TILE, K_BLOCK)."""
         (atom_a, mA), (atom_b, mB) = atoms
         rows_a, rows_b, depth = self.tile
-        gA = cute.local_tile(mA, (rows_a, depth), coord_a)  # (rows, K, ...)
-        gB = cute.local_tile(mB, (rows_b, depth), coord_b)
+        gA = cute.local_tile(mA, (rows_a, depth), (tile_a, None))  # (rows, K, ...)
+        gB = cute.local_tile(mB, (rows_b, depth), (tile_b, None))
         return tuple(
             cpasync.tma_partition(
                 atom, 0, cute.make_layout(1), cute.group_modes(s, 0, 2), cute.group_modes(g, 0, 2)
