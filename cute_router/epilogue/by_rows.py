@@ -19,6 +19,7 @@ from cute_router.epilogue.by_threshold import ByThreshold
 from cute_router.epilogue.outputs import Outputs, bias_of_row, is_token, put_logits
 from cute_router.epilogue.row import route_row
 from cute_router.gemm.prefill_config import PrefillConfig
+from cute_router.gemm.prefill_mainloop import Shared
 from cute_router.topk.config import BLOCK, WARP
 from cute_router.topk.ptx import opaque
 from cute_router.topk.staging import VECTOR_BYTES
@@ -38,16 +39,10 @@ class ByRows:
 
     @cute.jit
     def choose(
-        self,
-        sLogits: cute.Tensor,  # (expert, owned token, K part)
-        sBias: Any,
-        sLists: Any,  # (entry, token of a warp, warp)
-        first_token: Int32,
-        count: Int32,
-        out: Outputs,
+        self, s: Shared, sBias: Any, first_token: Int32, count: Int32, out: Outputs
     ) -> None:
         """Route `count` owned tokens from `first_token` on; every warp takes some."""
-        c = self.cfg
+        c, sLogits, sLists = self.cfg, s.sLogits, s.sLists
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         # What follows from a known lane would be kept in registers through the product.
         first, lane = warp * self.tokens, opaque(cute.arch.lane_idx())

@@ -19,9 +19,9 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Uint32
 
-from cute_router.epilogue.outputs import Outputs, physical, put_shared, put_slot
+from cute_router.epilogue.outputs import Outputs
 from cute_router.epilogue.scoring import activate_all, with_bias
-from cute_router.epilogue.weights import weight
+from cute_router.epilogue.weights import put_choice
 from cute_router.spec import RouterSpec
 from cute_router.topk.config import BLOCK
 from cute_router.topk.sieve import Choice, Sieve
@@ -117,22 +117,11 @@ class ByThreshold:
 
         real: what `is_token` says of the row; settled: whether it is to be written.
         """
-        spec, lay = self.spec, self.lay
-        names = [physical(out, expert) for expert in choice.indices]
-        rActs = cute.make_rmem_tensor(lay.slots, Float32)
-        total = Float32(0.0)
-        for slot in cutlass.range_constexpr(lay.slots):
+        rActs = cute.make_rmem_tensor(self.lay.slots, Float32)
+        for slot in cutlass.range_constexpr(self.lay.slots):
             rActs[slot] = sActs[choice.indices[slot]]
-            chosen = lane + slot * lay.lanes < spec.top_k
-            total = total + cutlass.select_(chosen, rActs[slot], Float32(0.0))
-        total = cute.arch.warp_reduction_sum(total, threads_in_group=lay.lanes)
-        for slot in cutlass.range_constexpr(lay.slots):
-            place = lane + slot * lay.lanes
-            if settled and place < spec.top_k:
-                share = weight(rActs[slot], total, out.factor, spec)
-                put_slot(out, (token, place), names[slot], share, real)
-        if settled:
-            put_shared(out.of_row(token), spec.top_k, spec.num_experts, lane, lay.lanes, real)
+        lanes = self.lay.lanes
+        put_choice(choice.indices, rActs, self.spec, out, token, lane, lanes, settled, real)
 
 
 def part_of(rEntries: cute.Tensor, block: int) -> cute.Tensor:

@@ -1,9 +1,12 @@
-"""The weight of a chosen expert."""
+"""The weights of chosen experts."""
+
+from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32
+from cutlass import Boolean, Float32, Int32
 
+from cute_router.epilogue.outputs import Outputs, physical, put_shared, put_slot
 from cute_router.spec import RouterSpec
 
 
@@ -20,3 +23,35 @@ def weight(
     else:
         share = activation
     return share * factor
+
+
+@cute.jit
+def put_choice(
+    experts: list[Int32],
+    rActs: cute.Tensor,
+    spec: cutlass.Constexpr[RouterSpec],
+    out: Outputs,
+    token: Int32,
+    lane: Int32,
+    lanes: cutlass.Constexpr,
+    settled: Boolean,
+    real: Any,
+) -> None:
+    """Write the results of a token whose experts of the places lane, lane + lanes, ... are these.
+
+    rActs: their activations; real: what `is_token` says of the row; settled: whether it is to be
+    written. Every lane of the warp calls.
+    """
+    names = [physical(out, expert) for expert in experts]
+    total = Float32(0.0)
+    for slot in cutlass.range_constexpr(len(experts)):
+        chosen = lane + slot * lanes < spec.top_k
+        total = total + cutlass.select_(chosen, rActs[slot], Float32(0.0))
+    total = cute.arch.warp_reduction_sum(total, threads_in_group=lanes)
+    for slot in cutlass.range_constexpr(len(experts)):
+        place = lane + slot * lanes
+        if settled and place < spec.top_k:
+            share = weight(rActs[slot], total, out.factor, spec)
+            put_slot(out, (token, place), names[slot], share, real)
+    if settled:
+        put_shared(out.of_row(token), spec.top_k, spec.num_experts, lane, lanes, real)

@@ -13,7 +13,7 @@ from cute_router.arch import MAX_CLUSTER
 from cute_router.extras import PLAIN, ExtrasSpec
 from cute_router.gemm.config import MAX_SMEM, TILE_K, ceil_div
 from cute_router.spec import RouterSpec
-from cute_router.topk.config import WARP, capacity
+from cute_router.topk.config import LIST, WARP, capacity
 
 if TYPE_CHECKING:
     from cute_router.topk.sieve import Sieve
@@ -22,6 +22,7 @@ MAX_MMA_EXPERTS = 256  # of one instruction, on MMA-N
 MAX_CHAIN = 32  # K blocks: 2048 products of one chain
 MAX_WHOLE_SUMS = 192  # experts: sums beside accumulators are twice 96 registers a thread, of 232
 WARPGROUP = 128  # threads
+SUM_LANES = 4  # of a warp, that hold the sums of a token of WGMMA's accumulators
 # Of TMEM's 512. A CTA that waits for the kernel ahead, or for its cluster, holds them; one of that
 # kernel on the same SM must find its own, or each would wait for the other.
 MAX_COLUMNS = 256
@@ -45,6 +46,8 @@ class PrefillConfig:
     stages:      K blocks that shared memory holds, a ring.
     clusters:    of a launch, at most; they take the token tiles in turns.
     lanes:       of a warp, that choose for one token; 32 unless `by_threshold`.
+    shortlists:  whether CTAs exchange only the experts that may be among the best of a token
+                 (`epilogue.shortlist`), and not all logits.
     overlay:     whether logits take the place of the ring, which then has more stages, but no loads
                  for the next tile under way while experts are chosen (sm_90 only: on sm_100 the
                  next tile is multiplied meanwhile).
@@ -60,6 +63,7 @@ class PrefillConfig:
     stages: int = 4
     clusters: int = 66
     lanes: int = 8
+    shortlists: bool = False
     overlay: bool = False
     pdl: bool = True
     extras: ExtrasSpec = PLAIN
@@ -147,6 +151,16 @@ class PrefillConfig:
         return 1 if self.spec.num_experts <= 256 else 2
 
     @property
+    def short_lists(self) -> tuple[int, int, int]:
+        """Words of the lists that an owner gets (word, part of E, owned token)."""
+        return 2 * LIST, self.split_e, self.rows
+
+    @property
+    def drafts(self) -> tuple[int, int, int]:
+        """Words of the drafts of lists (word, token of a warp, warp)."""
+        return 2 * LIST, WARP // self.lanes, self.mma_threads // WARP
+
+    @property
     def padded(self) -> int:
         """Experts of a tile, those past the last included."""
         return self.split_e * self.tile_experts
@@ -167,7 +181,8 @@ class PrefillConfig:
     @property
     def run(self) -> int:
         """Experts of a token that a thread stores at once."""
-        return 2 if self.cluster == 1 and not self.blackwell else 4
+        alone = self.cluster == 1 or self.shortlists
+        return 2 if alone and not self.blackwell else 4
 
     @property
     def stores_own(self) -> bool:
@@ -179,8 +194,9 @@ class PrefillConfig:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of a token's logits, or of parts of their sums, that are sent to its owner."""
-        return (self.cluster - self.stores_own) * self.tile_experts * 4
+        """Bytes that are sent to a token's owner: of logits, parts of their sums, or lists."""
+        sent = 2 * LIST if self.shortlists else self.tile_experts
+        return (self.cluster - self.stores_own) * sent * 4
 
     @property
     def held(self) -> int:
@@ -211,10 +227,12 @@ class PrefillConfig:
     def smem_bytes(self) -> int:
         """Shared memory of a CTA."""
         ring = self.stages * self.tile_bytes
-        logits = self.split_k * self.rows * self.pitch * 4
+        logits = 0 if self.shortlists else self.split_k * self.rows * self.pitch * 4
         large = max(ring, logits) if self.overlay else ring + logits
         biases = self.padded * (8 if self.extras.second_bias else 4)
         lists = prod(self.lists) * self.list_bytes
+        if self.shortlists:
+            lists = 4 * (prod(self.short_lists) + prod(self.drafts))
         barriers = 2 * (self.stages + self.buffers + 1) * 8
         return large + biases + lists + barriers + MISC
 
@@ -244,6 +262,8 @@ def can_implement(config: PrefillConfig) -> None:
         raise ValueError(
             f"lanes must be one of {lanes} and at least {WARP} / owned={c.owned}; got {c.lanes}"
         )
+    if c.shortlists:
+        can_list(c)
     if c.overlay and c.blackwell:
         raise ValueError(f"overlay is for sm_90a; got {c.arch}")
     if c.overlay and c.stages > c.k_blocks:  # loads for the next tile would meet logits
@@ -254,4 +274,22 @@ def can_implement(config: PrefillConfig) -> None:
         raise ValueError(
             f"the configuration needs {c.smem_bytes} bytes of shared memory;"
             f" a CTA has {MAX_SMEM}: {c}"
+        )
+
+
+def can_list(config: PrefillConfig) -> None:
+    """Raise `ValueError` with the reason if CTAs cannot exchange short lists."""
+    c = config
+    if not c.by_threshold or c.extras.second_bias or c.extras.logits:
+        raise ValueError(f"shortlists are for scores of one logit and one bias; got {c}")
+    if c.blackwell or c.split_k > 1 or c.overlay or c.lanes != SUM_LANES:
+        raise ValueError(
+            "shortlists are for sm_90a, split_k=1, overlay=False and"
+            f" lanes={SUM_LANES}; got {c.arch}, {c.split_k}, {c.overlay} and {c.lanes}"
+        )
+    fewest = c.spec.num_experts - (c.split_e - 1) * c.tile_experts
+    if c.spec.top_k > LIST // 2 or fewest < 2 * LIST:
+        raise ValueError(
+            f"shortlists are for top_k up to {LIST // 2} and {2 * LIST} experts or more of a CTA;"
+            f" got {c.spec.top_k} and {fewest}"
         )

@@ -1,15 +1,18 @@
-"""How a token's logits meet: every CTA of a tile sends its part to the token's owner.
+"""How what is known of a token meets: every CTA of a tile sends its part to the token's owner.
 
-The r-th CTA of a cluster owns the r-th slice of the tile's tokens. What it gets is kept as
+The r-th CTA of a cluster owns the r-th slice of the tile's tokens. What it gets is either
 
-    (expert, owned token, K part)      K parts are summed where they are read (`epilogue.by_rows`)
+    logits    (expert, owned token, K part)      K parts are summed where they are read
+    lists     of the experts that matter         `gemm.prefill_lists`
 
 by st.async, which counts its bytes on the owner's barrier `part`; what is its own a CTA stores, and
-its threads meet, but in large clusters it sends that too. Before logits may come, every owner has
-told every CTA of the cluster that there is `room`: where they have a place of their own, that those
-of the last tile have been read; where they take that of the ring, that the product is complete,
-which has emptied it.
+its threads meet, but in large clusters it sends that too. Before any may come, every owner has told
+every CTA of the cluster that there is `room`: where they have a place of their own, that those of
+the last tile have been read; where they take that of the ring, that the product is complete, which
+has emptied it.
 """
+
+from abc import ABC, abstractmethod
 
 import cutlass
 import cutlass.cute as cute
@@ -29,8 +32,8 @@ from cute_router.gemm.ptx import (
 MULTIPLIED_BARRIER = 3  # named barrier of the threads that hold accumulators
 
 
-class Exchange:
-    """From accumulators to rows of logits in the owners' shared memory."""
+class Exchange(ABC):
+    """From accumulators to the owners' shared memory."""
 
     def __init__(self, config: PrefillConfig, mainloop: PrefillMainloop, meet):
         self.cfg = config
@@ -39,10 +42,11 @@ class Exchange:
         self.meet = meet  # named barrier of the epilogue's threads
         self.multiplied = pipeline.NamedBarrier(MULTIPLIED_BARRIER, config.mma_threads)
 
-    def layout(self) -> cute.Layout:
-        """Logits as an owner keeps them, (expert, owned token, K part)."""
-        c = self.cfg
-        return cute.make_layout((c.pitch, c.rows, c.split_k))
+    @abstractmethod
+    def send(
+        self, s: Shared, tiles: Tiles, turn: Int32, rAcc: cute.Tensor, at: list[Start]
+    ) -> None:
+        """Send what is known from sums, whose runs start at the places `at`."""
 
     @cute.jit
     def expect(self, s: Shared, tiles: Tiles, tid: Int32) -> None:
@@ -56,7 +60,7 @@ class Exchange:
 
     @cute.jit
     def open(self, s: Shared, turn: Int32, tid: Int32) -> None:
-        """Wait until the owners have room for the logits of tile `turn`."""
+        """Wait until the owners have room for what comes of tile `turn`."""
         if cutlass.const_expr(self.cfg.cluster > 1):
             if turn == 0:
                 cute.arch.cluster_wait()  # their barriers are initialised
@@ -78,7 +82,35 @@ class Exchange:
             cute.arch.sync_warp()  # what follows takes whole warps
 
     @cute.jit
-    def send(self, s: Shared, tiles: Tiles, rAcc: cute.Tensor, at: list[Start]) -> None:
+    def wait(self, s: Shared, turn: Int32) -> None:
+        """Wait until all is here of the owned tokens of tile `turn`."""
+        if cutlass.const_expr(self.cfg.stores_own):
+            self.meet.arrive_and_wait()
+        if cutlass.const_expr(self.cfg.cluster > 1):
+            wait_cluster(s.part, turn % 2)
+
+    @cute.jit
+    def close(self, s: Shared, tid: Int32) -> None:
+        """This owner has read it: let the next ones come, or the next loads."""
+        self.meet.arrive_and_wait()
+        if cutlass.const_expr(not self.cfg.overlay):
+            self.say_room(s, tid, arrive_at_peer)
+        elif cutlass.const_expr(self.cfg.cluster > 1):
+            cute.arch.fence_acq_rel_cluster()  # once, and not with every arrival at a peer
+
+
+class LogitExchange(Exchange):
+    """Rows of logits."""
+
+    def layout(self) -> cute.Layout:
+        """Logits as an owner keeps them, (expert, owned token, K part)."""
+        c = self.cfg
+        return cute.make_layout((c.pitch, c.rows, c.split_k))
+
+    @cute.jit
+    def send(
+        self, s: Shared, tiles: Tiles, turn: Int32, rAcc: cute.Tensor, at: list[Start]
+    ) -> None:
         """Send sums, run by run, to the owners of their tokens."""
         c = self.cfg
         owners = [at[row][0] // c.owned for row in range(self.rows)]
@@ -126,20 +158,3 @@ class Exchange:
             row = i % self.rows
             words = tuple(rAcc[v * i + j].bitcast(Int32) for j in range(v))
             store_async(there[row] + 4 * (at[i][1] - at[row][1]), words, barriers[row])
-
-    @cute.jit
-    def wait(self, s: Shared, turn: Int32) -> None:
-        """Wait until the owned tokens' logits of tile `turn` are here."""
-        if cutlass.const_expr(self.cfg.stores_own):
-            self.meet.arrive_and_wait()
-        if cutlass.const_expr(self.cfg.cluster > 1):
-            wait_cluster(s.part, turn % 2)
-
-    @cute.jit
-    def close(self, s: Shared, tid: Int32) -> None:
-        """This owner has read them: let the next ones come, or the next loads."""
-        self.meet.arrive_and_wait()
-        if cutlass.const_expr(not self.cfg.overlay):
-            self.say_room(s, tid, arrive_at_peer)
-        elif cutlass.const_expr(self.cfg.cluster > 1):
-            cute.arch.fence_acq_rel_cluster()  # once, and not with every arrival at a peer

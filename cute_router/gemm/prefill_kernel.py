@@ -40,11 +40,13 @@ from cutlass.cute.nvgpu import cpasync
 from cutlass.cute.runtime import make_fake_stream
 from cutlass.memory import SmemAllocator
 
+from cute_router.epilogue.by_lists import ByLists
 from cute_router.epilogue.by_rows import ByRows
 from cute_router.epilogue.outputs import Outputs, extra_of, fake_extra, fake_results, put_biases
 from cute_router.gemm.inputs import fake_inputs
 from cute_router.gemm.prefill_config import PrefillConfig
-from cute_router.gemm.prefill_exchange import Exchange
+from cute_router.gemm.prefill_exchange import LogitExchange
+from cute_router.gemm.prefill_lists import ListExchange
 from cute_router.gemm.prefill_mainloop import Shared, Tiles
 from cute_router.gemm.prefill_sm90 import PrefillSm90
 from cute_router.gemm.prefill_sm100 import PrefillSm100
@@ -64,8 +66,9 @@ class PrefillKernel:
         self.cfg = config
         self.mainloop = (PrefillSm100 if config.blackwell else PrefillSm90)(config)
         self.meet = pipeline.NamedBarrier(EPILOGUE_BARRIER, config.epilogue_threads)
-        self.exchange = Exchange(config, self.mainloop, self.meet)
-        self.choice = ByRows(config)
+        exchange = ListExchange if config.shortlists else LogitExchange
+        self.exchange = exchange(config, self.mainloop, self.meet)
+        self.choice = (ByLists if config.shortlists else ByRows)(config)
         self.load_warp = config.epilogue_threads // WARP
         self.mma_warp = self.load_warp + 1
         self.all_multiply = config.mma_threads == config.epilogue_threads
@@ -162,6 +165,7 @@ class PrefillKernel:
             first=cluster,
             step=clusters,
             count=(tiles - cluster + clusters - 1) // clusters,
+            tokens=N,
         )
 
     def allocate(self, smem: SmemAllocator, layout_x, layout_w) -> Shared:
@@ -171,25 +175,37 @@ class PrefillKernel:
             smem.allocate_tensor(BFloat16, layout.outer, 1024, swizzle=layout.inner)
             for layout in (layout_x, layout_w)
         )
-        logits = self.exchange.layout()
-        if c.overlay:
-            sLogits = cute.make_tensor(cute.recast_ptr(sX.iterator, None, Float32), logits)
-            excess = cute.cosize(logits) * 4 - c.stages * c.tile_bytes
-            if excess > 0:
-                smem.allocate(excess, 16)
-        else:
-            sLogits = smem.allocate_tensor(Float32, logits, 16)
+        sLogits = self.allocate_logits(smem, sX)
         biases = cute.make_layout((c.padded, 2) if c.extras.second_bias else c.padded)
         sBias = smem.allocate_tensor(Float32, biases, 16)
-        sLists = None
-        if c.by_threshold:
+        sLists = sShort = sDrafts = None
+        if c.shortlists:
+            shapes = c.short_lists, c.drafts
+            layouts = (cute.make_layout(shape) for shape in shapes)
+            sShort, sDrafts = (smem.allocate_tensor(Int32, layout, 16) for layout in layouts)
+        elif c.by_threshold:
             code = {1: Uint8, 2: Uint16}[c.list_bytes]
             sLists = smem.allocate_tensor(code, cute.make_layout(c.lists), 16)
+        lists = sLists, sShort, sDrafts
         full, free = (smem.allocate_array(Int64, c.stages, byte_alignment=8) for _ in range(2))
         done, drained = (smem.allocate_array(Int64, c.buffers, byte_alignment=8) for _ in range(2))
         part, room = (smem.allocate_array(Int64, 1, byte_alignment=8) for _ in range(2))
         tmem = smem.allocate_array(Int32, 1, byte_alignment=8)
-        return Shared(sX, sW, sLogits, sBias, sLists, full, free, done, drained, part, room, tmem)
+        barriers = full, free, done, drained, part, room
+        return Shared(sX, sW, sLogits, sBias, *lists, *barriers, tmem)
+
+    def allocate_logits(self, smem: SmemAllocator, sX: cute.Tensor) -> cute.Tensor | None:
+        """Room for the owned tokens' logits; None where only lists are exchanged."""
+        c = self.cfg
+        if c.shortlists:
+            return None
+        logits = self.exchange.layout()
+        if not c.overlay:
+            return smem.allocate_tensor(Float32, logits, 16)
+        excess = cute.cosize(logits) * 4 - c.stages * c.tile_bytes
+        if excess > 0:
+            smem.allocate(excess, 16)
+        return cute.make_tensor(cute.recast_ptr(sX.iterator, None, Float32), logits)
 
     @cute.jit
     def init_barriers(self, s: Shared) -> None:
@@ -288,7 +304,7 @@ class PrefillKernel:
         first = tile + tiles.rank * c.owned
         end = cutlass.min(tile + c.tile_tokens, cute.size(out.mIds, mode=[0]))
         count = cutlass.min(end - first, c.owned)
-        self.choice.choose(s.sLogits, sBias, s.sLists, first, count, out)
+        self.choice.choose(s, sBias, first, count, out)
         if not last:
             self.exchange.close(s, tid)
             if cutlass.const_expr(self.all_multiply) or tid < c.mma_threads:

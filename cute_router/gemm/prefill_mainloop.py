@@ -18,15 +18,17 @@ class Shared(NamedTuple):
 
     sX: cute.Tensor  # x tile, STAGE last
     sW: cute.Tensor  # W tile, STAGE last
-    sLogits: cute.Tensor  # (expert, owned token, K part); over sX and sW, or beside them
+    sLogits: Any  # (expert, owned token, K part); over sX and sW, or beside them
     sBias: cute.Tensor  # (expert)
-    sLists: Any  # (entry, token of a warp, warp)
+    sLists: Any  # (entry, token of a warp, warp), or in their place
+    sShort: Any  # short lists, (word, part of E, owned token)
+    sDrafts: Any  # and what they are made from, (word, token of a warp, warp)
     full: cute.Pointer  # barriers, one for each stage: loaded
     free: cute.Pointer  # barriers, one for each stage: read, may be loaded again
     done: cute.Pointer  # barriers, one for each buffer: a tile's product is complete (sm_100)
     drained: cute.Pointer  # barriers, one for each buffer: it has been read (sm_100)
-    part: cute.Pointer  # barrier: the owned tokens' logits have arrived
-    room: cute.Pointer  # barrier: every owner has room for logits
+    part: cute.Pointer  # barrier: the owned tokens' logits or lists have arrived
+    room: cute.Pointer  # barrier: every owner has room for them
     tmem: cute.Pointer  # the address of the accumulators (sm_100)
 
 
@@ -39,6 +41,7 @@ class Tiles(NamedTuple):
     first: Int32  # the first tile
     step: Int32  # from one tile to the next
     count: Int32  # tiles, at least one
+    tokens: Int32  # of all tiles
 
 
 Start = tuple[Int32, Int32]  # (token, expert) of the first sum of a run, within a CTA's tile
@@ -50,7 +53,9 @@ class Sink(Protocol):
     def open(self, s: Shared, turn: Int32, tid: Int32) -> None:
         """Wait until there is room for those of tile `turn`."""
 
-    def send(self, s: Shared, tiles: Tiles, rAcc: cute.Tensor, at: list[Start]) -> None:
+    def send(
+        self, s: Shared, tiles: Tiles, turn: Int32, rAcc: cute.Tensor, at: list[Start]
+    ) -> None:
         """Take sums, of which each run of `vector` experts starts at its place."""
 
 

@@ -89,7 +89,7 @@ class PrefillSm100(Tcgen05Operands, PrefillMainloop):
             cute.copy(copy, thr.partition_S(tChunks[None, None, 0, chunk]), rAcc)
             cute.arch.fence_view_async_tmem_load()
             runs = [coords[i] for i in range(0, CHUNK, self.vector)]
-            sink.send(s, tiles, rAcc, [(token, chunk * CHUNK + e) for token, e in runs])
+            sink.send(s, tiles, turn, rAcc, [(token, chunk * CHUNK + e) for token, e in runs])
         cute.arch.inline_ptx("tcgen05.fence::before_thread_sync;")
         self.drained(s, turn)
 

@@ -66,7 +66,7 @@ class PrefillSm90(WgmmaOperands, PrefillMainloop):
         else:
             rSum, at = self.pair(rSum, coords)
         sink.open(s, turn, tid)
-        sink.send(s, tiles, rSum, at)
+        sink.send(s, tiles, turn, rSum, at)
 
     def pair(self, rSum: cute.Tensor, coords: cute.Tensor) -> tuple[cute.Tensor, list[Start]]:
         """Runs of 4 experts, by a trade with the neighbouring lane, and where they start.

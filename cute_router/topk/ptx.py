@@ -3,6 +3,7 @@
 For `shf` it has one, whose halves are the other way round than its own description says (4.8.1).
 """
 
+import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Uint32, Uint64
 
@@ -76,4 +77,26 @@ def store_long_to_peer(word: cute.Pointer, peer: Int32, value: Uint64) -> None:
         "mapa.shared::cluster.u32 there, {$r0}, {$r1};\n\t"
         "st.shared::cluster.b64 [there], {$r2};\n\t}",
         read_only_args=[word, peer, value],
+    )
+
+
+@cute.jit
+def push_marked(
+    at: Int32, marks: Uint32, bit: cutlass.Constexpr, word: Int32, name: Int32
+) -> Int32:
+    """Store two words to shared memory if a bit of `marks` is set; where the next two would go.
+
+    Without a branch, which the compiler makes of an `if` around a store; and one by one, for of two
+    at once the first would have to be in an even register, and the next one kept free.
+    """
+    return cute.arch.inline_ptx(
+        "{\n\t.reg .pred p;\n\t.reg .b32 m;\n\t"
+        f"and.b32 m, {{$r1}}, {1 << bit:#x};\n\t"
+        "setp.ne.b32 p, m, 0;\n\t"
+        "mov.b32 {$w0}, {$r0};\n\t"
+        "@p st.shared.b32 [{$r0}], {$r2};\n\t"
+        "@p st.shared.b32 [{$r0}+4], {$r3};\n\t"
+        "@p add.s32 {$w0}, {$r0}, 8;\n\t}",
+        write_only_types=[Int32],
+        read_only_args=[at, marks, word, name],
     )

@@ -10,6 +10,7 @@ from cutlass import Int32, Uint32
 
 from cute_router.topk.config import WARP
 from cute_router.topk.key import REMOVED
+from cute_router.topk.network import greater, less
 
 NOBODY = 0xFFFFFFFF
 
@@ -29,3 +30,23 @@ def take_best(rKeys: cute.Tensor, lane: Int32) -> Int32:
         taken = index == Uint32(lane + WARP * i)
         rKeys[i] = cutlass.select_(taken, Uint32(REMOVED), rKeys[i])
     return index.bitcast(Int32)
+
+
+@cute.jit
+def take_best_of(rKeys: cute.Tensor, names: list[Int32], lanes: cutlass.Constexpr) -> Int32:
+    """The same among `lanes` lanes, whose entries have names of their own."""
+    top = rKeys[0]
+    for i in cutlass.range_constexpr(1, cute.size(rKeys)):
+        top = greater(top, rKeys[i])
+    for bit in cutlass.range_constexpr(lanes.bit_length() - 1):
+        top = greater(top, cute.arch.shuffle_sync_bfly(top, offset=1 << bit))
+    lowest = Uint32(NOBODY)
+    for i in cutlass.range_constexpr(cute.size(rKeys)):
+        name = cutlass.select_(rKeys[i] == top, Uint32(names[i]), Uint32(NOBODY))
+        lowest = less(lowest, name)
+    for bit in cutlass.range_constexpr(lanes.bit_length() - 1):
+        lowest = less(lowest, cute.arch.shuffle_sync_bfly(lowest, offset=1 << bit))
+    for i in cutlass.range_constexpr(cute.size(rKeys)):
+        taken = lowest == Uint32(names[i])
+        rKeys[i] = cutlass.select_(taken, Uint32(REMOVED), rKeys[i])
+    return lowest.bitcast(Int32)
