@@ -18,7 +18,6 @@ from cute_router.gemm.prefill_config import PrefillConfig
 from cute_router.gemm.prefill_mainloop import Shared
 from cute_router.topk.config import LIST, WARP
 from cute_router.topk.key import REMOVED, key
-from cute_router.topk.network import greater
 from cute_router.topk.ptx import opaque
 from cute_router.topk.rounds import take_best_of
 from cute_router.topk.staging import VECTOR_BYTES
@@ -31,6 +30,7 @@ class ByLists:
         self.cfg = config
         self.lanes = config.lanes
         self.share = LIST // self.lanes  # entries of a list that a lane looks at
+        self.places = LIST * config.split_e  # entries of a token's lists
         self.slots = -(-config.spec.top_k // self.lanes)  # places of the result that a lane has
 
     @cute.jit
@@ -56,42 +56,42 @@ class ByLists:
         spec, lanes = self.cfg.spec, self.lanes
         token = first_token + row
         real = is_token(out, token)
-        rActs, experts = self.entries(sShort, row, lane)
-        rKeys = cute.make_rmem_tensor(len(experts), Uint32)
-        for i in cutlass.range_constexpr(len(experts)):
-            score = rActs[i]
-            if cutlass.const_expr(sBias is not None):
-                score = with_bias(score, sBias[cutlass.max(experts[i], 0)])
-            rKeys[i] = cutlass.select_(experts[i] == NOBODY, Uint32(REMOVED), key(score))
-
-        chosen = [Int32(0)] * self.slots
+        rKeys, names = self.entries(sShort, sBias, row, lane)
+        rNames = cute.make_rmem_tensor(self.slots, Int32)
+        rNames.fill(0)
+        for place in cutlass.range(spec.top_k, unroll=1):
+            best = take_best_of(rKeys, names, lanes)
+            for slot in cutlass.range_constexpr(self.slots):
+                mine = lane + slot * lanes == place
+                rNames[slot] = cutlass.select_(mine, best, rNames[slot])
         rChosen = cute.make_rmem_tensor(self.slots, Float32)
-        rChosen.fill(0.0)
-        for place in cutlass.range_constexpr(spec.top_k):
-            best = take_best_of(rKeys, experts, lanes)
-            bits = Uint32(0)
-            for i in cutlass.range_constexpr(len(experts)):
-                bits = cutlass.select_(experts[i] == best, rActs[i].bitcast(Uint32), bits)
-            for bit in cutlass.range_constexpr(lanes.bit_length() - 1):
-                bits = greater(bits, cute.arch.shuffle_sync_bfly(bits, offset=1 << bit))
-            slot, mine = place // lanes, lane == place % lanes
-            chosen[slot] = Int32(cutlass.select_(mine, best, chosen[slot]))
-            rChosen[slot] = cutlass.select_(mine, bits.bitcast(Float32), rChosen[slot])
+        for slot in cutlass.range_constexpr(self.slots):
+            word = rNames[slot] % self.places * 2
+            rChosen[slot] = sShort[word % (2 * LIST), word // (2 * LIST), row].bitcast(Float32)
+        chosen = [rNames[slot] // self.places for slot in range(self.slots)]
         put_choice(chosen, rChosen, spec, out, token, lane, lanes, there, real)
 
     def entries(
-        self, sShort: cute.Tensor, row: Int32, lane: Int32
+        self, sShort: cute.Tensor, sBias: Any, row: Int32, lane: Int32
     ) -> tuple[cute.Tensor, list[Int32]]:
-        """(activation, expert) of this lane's share of all lists of a token."""
+        """(key, name) of this lane's share of all lists of a token.
+
+        A name is the expert and where in the lists it is. Of NOBODY it is more than any other, as
+        an unsigned number.
+        """
         share, parts = self.share, self.cfg.split_e
-        rActs = cute.make_rmem_tensor(parts * share, Float32)
-        experts = []
+        rKeys = cute.make_rmem_tensor(parts * share, Uint32)
+        names = []
         rWords = cute.make_rmem_tensor(2 * share, Int32)
         for part in range(parts):
             start = cute.crd2idx((2 * share * lane, part, row), sShort.layout)
             source = sShort.iterator.align(VECTOR_BYTES) + cute.assume(start, divby=2 * share)
             rWords.store(cute.make_tensor(source, cute.make_layout(2 * share)).load())
             for i in range(share):
-                rActs[part * share + i] = rWords[2 * i].bitcast(Float32)
-                experts.append(Int32(rWords[2 * i + 1]))
-        return rActs, experts
+                score, expert = rWords[2 * i].bitcast(Float32), rWords[2 * i + 1]
+                if sBias is not None:
+                    score = with_bias(score, sBias[cutlass.max(expert, 0)])
+                k = cutlass.select_(expert == NOBODY, Uint32(REMOVED), key(score))
+                rKeys[part * share + i] = k
+                names.append(Int32(expert * self.places + part * LIST + lane * share + i))
+        return rKeys, names

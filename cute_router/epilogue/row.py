@@ -17,7 +17,7 @@ from cute_router.epilogue.weights import weight
 from cute_router.spec import RouterSpec
 from cute_router.topk.config import WARP
 from cute_router.topk.key import REMOVED, key, number
-from cute_router.topk.rounds import take_best
+from cute_router.topk.rounds import chosen_value, take_best
 
 
 @cute.jit
@@ -111,10 +111,7 @@ def route_row(
     chosen, activation = Int32(0), Float32(0.0)  # lane j keeps the j-th
     for j in cutlass.range(k):
         expert = take_best(rKeys, lane)
-        value = rAct[0]
-        for i in cutlass.range_constexpr(1, slots):
-            value = cutlass.select_(expert // WARP == i, rAct[i], value)
-        value = cute.arch.shuffle_sync(value, expert % WARP)
+        value = chosen_value(rAct, expert)
         chosen = cutlass.select_(lane == j, expert, chosen)
         activation = cutlass.select_(lane == j, value, activation)
     name = physical(out, chosen)

@@ -22,11 +22,13 @@ from cutlass import Boolean, Float32, Int32, Uint32
 
 from cute_router.epilogue.scoring import FLUSHED, ROUGH, activate_all, rough, with_bias
 from cute_router.spec import RouterSpec
-from cute_router.topk.config import BLOCK, LIST
+from cute_router.topk.config import LIST, WARP
 from cute_router.topk.key import REMOVED, key
-from cute_router.topk.network import NUMBERS, greater, larger, less, smaller, sort
+from cute_router.topk.network import NUMBERS, larger, smaller, sort
 from cute_router.topk.ptx import push_marked
+from cute_router.topk.rounds import chosen_value, take_best
 from cute_router.topk.sieve import BITS, Cut, Sieve
+from cute_router.topk.staging import VECTOR_BYTES
 
 NOBODY = -1  # the expert of an entry that a list does not have
 MIN_T = FLUSHED * 2.0**30  # half a step of such numbers is more than what may be 0 to `rough`
@@ -39,6 +41,13 @@ class Row(NamedTuple):
     first: Int32  # expert of the first of them, of the router's
     lane: Int32  # of those lanes
     wanted: Boolean  # whether it is a token
+
+
+class Entries(NamedTuple):
+    """A lane's share of a list."""
+
+    rActs: cute.Tensor  # exact activations
+    rExperts: cute.Tensor  # NOBODY behind the end of the list
 
 
 class Shortlist:
@@ -55,22 +64,24 @@ class Shortlist:
         """From a lane's first expert to another one of it."""
         return self.lay.offset(0, entry)
 
-    def find(self, row: Row, sBias: Any, sDraft: cute.Tensor) -> tuple[cute.Tensor, list[Int32]]:
-        """(activation, expert) of this lane's share of the row's list. Every lane of a warp calls.
+    @cute.jit
+    def find(self, row: Row, sBias: Any, sDrafts: cute.Tensor) -> Entries:
+        """This lane's share of the row's list. Every lane of a warp calls.
 
-        sDraft: (LIST, 2) words of the row's own.
+        sDrafts: (2 * LIST words, token of the warp), of the warp's own.
         """
         rHigh, maxima = self.bounds(row, sBias)
         rMarks = cute.make_rmem_tensor(-(-self.lay.entries // BITS), Uint32)
         cut = self.cut(rHigh, maxima, rMarks, row.lane)
-        cute.arch.sync_warp()  # the last draft has been read
+        cute.arch.sync_warp()  # the last drafts have been read
+        sDraft = sDrafts[None, cute.arch.lane_idx() // self.lay.lanes]
         self.put(row, cut, rMarks, sDraft)
         cute.arch.sync_warp()
-        doubtful = self.doubtful(row, cut, sBias, sDraft)
-        count = self.settle(row, cut.count, doubtful, sBias, sDraft)
-        rActs, experts = self.share_of(row, count, sDraft)
-        activate_all(rActs, self.spec.scoring)
-        return rActs, experts
+        entries = self.share_of(row, cut.count, sDraft)
+        activate_all(entries.rActs, self.spec.scoring)
+        doubtful = self.doubtful(row, cut, sBias, entries)
+        self.settle(row, doubtful, sBias, sDrafts, entries)
+        return entries
 
     def bounds(self, row: Row, sBias: Any) -> tuple[cute.Tensor, "Halves"]:
         """(ENTRY) `high`, -inf where there is no expert; best maxima of groups of `low`, sorted,
@@ -131,110 +142,91 @@ class Shortlist:
             expert = row.first + self.offset(e)
             at = push_marked(at, marks, e % BITS, row.rLogits[e].bitcast(Int32), expert)
 
+    def share_of(self, row: Row, count: Int32, sDraft: cute.Tensor) -> Entries:
+        """This lane's share of a draft of `count` entries: logits in place of activations."""
+        size = 2 * self.share
+        rWords = cute.make_rmem_tensor(size, Int32)
+        source = sDraft.iterator.align(VECTOR_BYTES) + cute.assume(row.lane * size, divby=size)
+        rWords.store(cute.make_tensor(source, cute.make_layout(size)).load())
+        entries = Entries(*(cute.make_rmem_tensor(self.share, t) for t in (Float32, Int32)))
+        for i in range(self.share):
+            there = row.lane * self.share + i < count
+            logit, expert = rWords[2 * i].bitcast(Float32), rWords[2 * i + 1]
+            entries.rActs[i] = cutlass.select_(there, logit, Float32(0.0))
+            entries.rExperts[i] = cutlass.select_(there, expert, Int32(NOBODY))
+        return entries
+
     @cute.jit
-    def doubtful(self, row: Row, cut: Cut, sBias: Any, sDraft: cute.Tensor) -> Boolean:
+    def doubtful(self, row: Row, cut: Cut, sBias: Any, entries: Entries) -> Boolean:
         """Whether a token's list may not have its k best, or has no room for all that it needs."""
-        magnitude = cute.math.absf(cut.minus_t)
-        doubtful = cut.count < self.spec.top_k or not (magnitude >= Float32(MIN_T))
+        k = self.spec.top_k
+        doubtful = cut.count < k or not (cute.math.absf(cut.minus_t) >= Float32(MIN_T))
         if cute.arch.vote_any_sync(cut.raised):  # then nobody knows yet that k scores are no less
-            rActs, experts = self.share_of(row, cut.count, sDraft)
-            activate_all(rActs, self.spec.scoring)
             reach = Int32(0)
             for i in cutlass.range_constexpr(self.share):
-                score = self.score(rActs[i], sBias, experts[i])
-                reach = reach + Int32(experts[i] != NOBODY and score + cut.minus_t >= 0.0)
-            reach = sum_of_lanes(reach, self.lay.lanes)
-            doubtful = doubtful or (cut.raised and reach < self.spec.top_k)
+                expert = entries.rExperts[i]
+                score = score_of(entries.rActs[i], sBias, cutlass.max(expert, 0))
+                reach = reach + Int32(expert != NOBODY and score + cut.minus_t >= 0.0)
+            for bit in cutlass.range_constexpr(self.lay.lanes.bit_length() - 1):
+                reach = reach + cute.arch.shuffle_sync_bfly(reach, offset=1 << bit)
+            doubtful = doubtful or (cut.raised and reach < k)
         return doubtful and row.wanted
-
-    def score(self, activation: Float32, sBias: Any, expert: Int32) -> Float32:
-        """The score of an expert of a list."""
-        if sBias is None:
-            return activation
-        return with_bias(activation, sBias[cutlass.max(expert, 0)])
 
     @cute.jit
     def settle(
-        self, row: Row, count: Int32, doubtful: Boolean, sBias: Any, sDraft: cute.Tensor
-    ) -> Int32:
-        """Make doubtful tokens' lists anew, of their k best; how many entries the row's has."""
-        if cute.arch.vote_any_sync(doubtful):
-            rKeys = cute.make_rmem_tensor(self.entries, Uint32)
-            for start in cutlass.range_constexpr(0, self.entries, BLOCK):
-                self.put_keys(row, sBias, start, min(BLOCK, self.entries - start), rKeys)
-            cute.arch.sync_warp()  # the draft has been read
-            for j in cutlass.range(self.spec.top_k):
-                logit, expert, mine = self.take_best(row, rKeys)
-                if doubtful and mine:
-                    sDraft[2 * j], sDraft[2 * j + 1] = logit.bitcast(Int32), expert
-            count = cutlass.select_(doubtful, Int32(self.spec.top_k), count)
-            cute.arch.sync_warp()
-        return count
-
-    @cute.jit
-    def take_best(self, row: Row, rKeys: cute.Tensor) -> tuple[Float32, Int32, Boolean]:
-        """(logit, expert) of a row's best key, the first of equals, if it is `mine`; it is removed.
-
-        Entries are named by their place in a lane, which takes no registers.
-        """
-        lanes, nobody = self.lay.lanes, Uint32(0xFFFFFFFF)
-        top = rKeys[0]
-        for e in cutlass.range_constexpr(1, self.entries):
-            top = greater(top, rKeys[e])
-        for bit in cutlass.range_constexpr(lanes.bit_length() - 1):
-            top = greater(top, cute.arch.shuffle_sync_bfly(top, offset=1 << bit))
-        entry = Int32(-1)
-        for e in cutlass.range_constexpr(self.entries - 1, -1, -1):
-            entry = cutlass.select_(rKeys[e] == top, Int32(e), entry)
-        run = self.lay.run
-        expert = row.first + entry // run * (run * lanes) + entry % run
-        first = cutlass.select_(entry < 0, nobody, Uint32(expert))
-        for bit in cutlass.range_constexpr(lanes.bit_length() - 1):
-            first = less(first, cute.arch.shuffle_sync_bfly(first, offset=1 << bit))
-        mine = entry >= 0 and first == Uint32(expert)
-        entry = Int32(cutlass.select_(mine, entry, Int32(-1)))
-        logit = row.rLogits[0]
-        for e in cutlass.range_constexpr(self.entries):
-            rKeys[e] = cutlass.select_(entry == e, Uint32(REMOVED), rKeys[e])
-            logit = cutlass.select_(entry == e, row.rLogits[e], logit)
-        return logit, expert, mine
-
-    @cute.jit
-    def put_keys(
-        self,
-        row: Row,
-        sBias: Any,
-        start: cutlass.Constexpr,
-        size: cutlass.Constexpr,
-        rKeys: cute.Tensor,
+        self, row: Row, doubtful: Boolean, sBias: Any, sDrafts: cute.Tensor, entries: Entries
     ) -> None:
-        """The keys of some of this lane's entries."""
-        rActs = cute.make_rmem_tensor(size, Float32)
-        for i in cutlass.range_constexpr(size):
-            rActs[i] = row.rLogits[start + i]
-        activate_all(rActs, self.spec.scoring)
-        for i in cutlass.range_constexpr(size):
-            k = key(with_bias(rActs[i], self.bias(row, sBias, start + i)))
-            if cutlass.const_expr(self.ragged):
-                there = row.first + self.offset(start + i) < self.spec.num_experts
-                k = cutlass.select_(there, k, Uint32(REMOVED))
-            rKeys[start + i] = k
+        """Give doubtful tokens their k best, which the whole warp takes one by one.
 
-    def share_of(
-        self, row: Row, count: Int32, sDraft: cute.Tensor
-    ) -> tuple[cute.Tensor, list[Int32]]:
-        """(logit, expert) of this lane's share of a draft of `count` entries."""
-        rLogits = cute.make_rmem_tensor(self.share, Float32)
-        words = cute.make_rmem_tensor(2 * self.share, Int32)
-        first = row.lane * self.share
-        source = sDraft.iterator.align(16) + cute.assume(2 * first, divby=2 * self.share)
-        words.store(cute.make_tensor(source, cute.make_layout(2 * self.share)).load())
-        experts = []
-        for i in range(self.share):
-            there = first + i < count
-            rLogits[i] = cutlass.select_(there, words[2 * i].bitcast(Float32), Float32(0.0))
-            experts.append(Int32(cutlass.select_(there, words[2 * i + 1], Int32(NOBODY))))
-        return rLogits, experts
+        The warp's drafts have been read: the logits of a token take their place.
+        """
+        lane, lanes = cute.arch.lane_idx(), self.lay.lanes
+        left = cute.arch.vote_ballot_sync(doubtful and row.lane == 0)
+        while left != 0:
+            ours = lane // lanes == Int32(cute.arch.popc((left & -left) - 1)) // lanes
+            sRow = cute.make_tensor(sDrafts.iterator, cute.make_layout(self.lay.length))
+            if ours:
+                for e in cutlass.range_constexpr(self.entries):
+                    sRow[row.lane * self.lay.run + self.offset(e)] = row.rLogits[e].bitcast(Int32)
+            cute.arch.sync_warp()
+            expert, activation = self.best_of(sRow, row, sBias)
+            for i in cutlass.range_constexpr(self.share):
+                source = row.lane * self.share + i
+                theirs = cute.arch.shuffle_sync(activation, source)
+                entries.rActs[i] = cutlass.select_(ours, theirs, entries.rActs[i])
+                theirs = cute.arch.shuffle_sync(expert, source)
+                entries.rExperts[i] = cutlass.select_(ours, theirs, entries.rExperts[i])
+            left = left & (left - 1)
+            cute.arch.sync_warp()  # the row has been read
+
+    @cute.jit
+    def best_of(self, sRow: cute.Tensor, row: Row, sBias: Any) -> tuple[Int32, Float32]:
+        """(expert, activation) of a token's k best, the j-th one in lane j, NOBODY in others."""
+        lane, E = cute.arch.lane_idx(), self.lay.length
+        base = row.first - row.lane * self.lay.run
+        slots = -(-E // WARP)
+        rActs = cute.make_rmem_tensor(slots, Float32)
+        rKeys = cute.make_rmem_tensor(slots, Uint32)
+        for i in cutlass.range_constexpr(slots):
+            rActs[i] = sRow[cutlass.min(lane + WARP * i, E - 1)].bitcast(Float32)
+        activate_all(rActs, self.spec.scoring)
+        for i in cutlass.range_constexpr(slots):
+            expert = lane + WARP * i
+            there = expert < E and base + expert < self.spec.num_experts
+            score = score_of(rActs[i], sBias, base + cutlass.min(expert, E - 1))
+            rKeys[i] = cutlass.select_(there, key(score), Uint32(REMOVED))
+        chosen, activation = Int32(NOBODY), Float32(0.0)
+        for j in cutlass.range(self.spec.top_k, unroll=1):
+            best = take_best(rKeys, lane)
+            value = chosen_value(rActs, best)
+            chosen = cutlass.select_(lane == j, base + best, chosen)
+            activation = cutlass.select_(lane == j, value, activation)
+        return chosen, activation
+
+
+def score_of(activation: Float32, sBias: Any, expert: Int32) -> Float32:
+    """The score of an expert."""
+    return activation if sBias is None else with_bias(activation, sBias[expert])
 
 
 Halves = tuple[list[Float32], list[Float32]]  # what is known of one half of the lanes, and the other
@@ -273,10 +265,3 @@ def kth_of_two(halves: Halves, k: int) -> Float32:
         if all(n <= len(half) for half, n in ((ours, i), (theirs, k - i))):
             best = larger(best, least[0] if len(least) == 1 else smaller(*least))
     return best
-
-
-def sum_of_lanes(value: Int32, lanes: int) -> Int32:
-    """The sum over `lanes` lanes."""
-    for bit in range(lanes.bit_length() - 1):
-        value = value + cute.arch.shuffle_sync_bfly(value, offset=1 << bit)
-    return value

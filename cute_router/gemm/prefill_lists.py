@@ -10,7 +10,7 @@ import cutlass.cute as cute
 import cutlass.pipeline as pipeline
 from cutlass import Float32, Int32
 
-from cute_router.epilogue.shortlist import Row, Shortlist
+from cute_router.epilogue.shortlist import Entries, Row, Shortlist
 from cute_router.gemm.prefill_config import PrefillConfig
 from cute_router.gemm.prefill_exchange import Exchange
 from cute_router.gemm.prefill_mainloop import PrefillMainloop, Shared, Start, Tiles
@@ -38,7 +38,7 @@ class ListExchange(Exchange):
         """Send the lists of a thread's tokens."""
         c = self.cfg
         lane, warp = opaque(cute.arch.lane_idx()), opaque(cute.arch.warp_idx())
-        sDraft = s.sDrafts[None, lane // c.lanes, warp]
+        sDrafts = s.sDrafts[None, None, warp]
         end = tiles.tokens - (tiles.first + turn * tiles.step) * c.tile_tokens  # of the tile
         sBias = s.sBias if cutlass.const_expr(c.spec.has_bias) else None
         # A loop at run time: once the code is as much as the instruction cache likes.
@@ -48,8 +48,8 @@ class ListExchange(Exchange):
             token = token + row * ROWS_APART
             first = tiles.e_part * c.tile_experts + expert
             of_row = Row(rLogits, first, lane % c.lanes, token < end)
-            rActs, experts = self.shortlist.find(of_row, sBias, sDraft)
-            self.send_share(s, tiles, token, lane % c.lanes, rActs, experts)
+            entries = self.shortlist.find(of_row, sBias, sDrafts)
+            self.send_share(s, tiles, token, lane % c.lanes, entries)
             rLogits.store(self.logits(rAcc, self.rows - 1).load())
 
     def logits(self, rAcc: cute.Tensor, row: int) -> cute.Tensor:
@@ -67,15 +67,16 @@ class ListExchange(Exchange):
         tiles: Tiles,
         token: Int32,
         lane: Int32,
-        rActs: cute.Tensor,
-        experts: list[Int32],
+        entries: Entries,
     ) -> None:
         """A lane's share of a list to the token's owner."""
         c, owner = self.cfg, token // self.cfg.owned
-        start = (2 * len(experts) * lane, tiles.e_part, token % c.owned)
+        start = (2 * self.shortlist.share * lane, tiles.e_part, token % c.owned)
         place = cute.assume(cute.crd2idx(start, s.sShort.layout), divby=PAIR)
         slot = (s.sShort.iterator + place).align(VECTOR_BYTES)
-        words = [word for i, e in enumerate(experts) for word in (rActs[i].bitcast(Int32), e)]
+        words = []
+        for i in cutlass.range_constexpr(self.shortlist.share):
+            words += [entries.rActs[i].bitcast(Int32), entries.rExperts[i]]
         if cutlass.const_expr(not c.stores_own):
             self.store_async(s, slot, owner, words)
         elif cutlass.const_expr(c.cluster == 1) or owner == tiles.rank:

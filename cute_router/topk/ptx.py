@@ -86,17 +86,18 @@ def push_marked(
 ) -> Int32:
     """Store two words to shared memory if a bit of `marks` is set; where the next two would go.
 
-    Without a branch, which the compiler makes of an `if` around a store; and one by one, for of two
-    at once the first would have to be in an even register, and the next one kept free.
+    Without a branch, which the compiler makes of an `if` around a store; the words one by one, for
+    of two at once the first would have to be in an even register, and the next one kept free; and
+    with a sum that is a new register, for the old one is read late.
     """
     return cute.arch.inline_ptx(
         "{\n\t.reg .pred p;\n\t.reg .b32 m;\n\t"
         f"and.b32 m, {{$r1}}, {1 << bit:#x};\n\t"
         "setp.ne.b32 p, m, 0;\n\t"
-        "mov.b32 {$w0}, {$r0};\n\t"
         "@p st.shared.b32 [{$r0}], {$r2};\n\t"
         "@p st.shared.b32 [{$r0}+4], {$r3};\n\t"
-        "@p add.s32 {$w0}, {$r0}, 8;\n\t}",
+        "selp.b32 m, 8, 0, p;\n\t"
+        "add.s32 {$w0}, {$r0}, m;\n\t}",
         write_only_types=[Int32],
         read_only_args=[at, marks, word, name],
     )

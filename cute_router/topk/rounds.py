@@ -6,7 +6,7 @@ lowest index that has it: exact for any data, in a fixed number of steps.
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Uint32
+from cutlass import Float32, Int32, Uint32
 
 from cute_router.topk.config import WARP
 from cute_router.topk.key import REMOVED
@@ -30,6 +30,15 @@ def take_best(rKeys: cute.Tensor, lane: Int32) -> Int32:
         taken = index == Uint32(lane + WARP * i)
         rKeys[i] = cutlass.select_(taken, Uint32(REMOVED), rKeys[i])
     return index.bitcast(Int32)
+
+
+@cute.jit
+def chosen_value(rValues: cute.Tensor, index: Int32) -> Float32:
+    """The value of the warp's entry `index`, in every lane."""
+    value = rValues[0]
+    for i in cutlass.range_constexpr(1, cute.size(rValues)):
+        value = cutlass.select_(index // WARP == i, rValues[i], value)
+    return cute.arch.shuffle_sync(value, index % WARP)
 
 
 @cute.jit
