@@ -57,7 +57,7 @@ class ByLists:
         token = first_token + row
         real = is_token(out, token)
         rKeys, names = self.entries(sShort, sBias, row, lane)
-        rNames = cute.make_rmem_tensor(self.slots, Int32)
+        rNames = cute.make_rmem_tensor(self.slots, Uint32)
         rNames.fill(0)
         for place in cutlass.range(spec.top_k, unroll=1):
             best = take_best_of(rKeys, names, lanes)
@@ -66,9 +66,10 @@ class ByLists:
                 rNames[slot] = cutlass.select_(mine, best, rNames[slot])
         rChosen = cute.make_rmem_tensor(self.slots, Float32)
         for slot in cutlass.range_constexpr(self.slots):
-            word = rNames[slot] % self.places * 2
-            rChosen[slot] = sShort[word % (2 * LIST), word // (2 * LIST), row].bitcast(Float32)
-        chosen = [rNames[slot] // self.places for slot in range(self.slots)]
+            place = rNames[slot] % self.places
+            at = 2 * Int32(place % LIST), Int32(place // LIST), row
+            rChosen[slot] = sShort[at].bitcast(Float32)
+        chosen = [Int32(rNames[slot] // self.places) for slot in range(self.slots)]
         put_choice(chosen, rChosen, spec, out, token, lane, lanes, there, real)
 
     def entries(
@@ -93,5 +94,5 @@ class ByLists:
                     score = with_bias(score, sBias[cutlass.max(expert, 0)])
                 k = cutlass.select_(expert == NOBODY, Uint32(REMOVED), key(score))
                 rKeys[part * share + i] = k
-                names.append(Int32(expert * self.places + part * LIST + lane * share + i))
+                names.append(Uint32(expert * self.places + part * LIST + lane * share + i))
         return rKeys, names

@@ -14,6 +14,8 @@ too long whatever T (many equals, NaN), or whose T is as small as activations th
 have their k best taken one by one.
 """
 
+from collections.abc import Callable
+from functools import reduce
 from typing import Any, NamedTuple
 
 import cutlass
@@ -37,7 +39,7 @@ MIN_T = FLUSHED * 2.0**30  # half a step of such numbers is more than what may b
 class Row(NamedTuple):
     """A token, as the lanes that share it hold it."""
 
-    rLogits: cute.Tensor  # (ENTRY) this lane's
+    load: Callable[[int], cute.Tensor]  # (ENTRY) this lane's logits, of a piece of them
     first: Int32  # expert of the first of them, of the router's
     lane: Int32  # of those lanes
     wanted: Boolean  # whether it is a token
@@ -50,19 +52,22 @@ class Entries(NamedTuple):
     rExperts: cute.Tensor  # NOBODY behind the end of the list
 
 
-class Shortlist:
-    """Lists of LIST entries; `experts` of the router are looked at, or what there is of them."""
+Halves = tuple[list[Float32], list[Float32]]  # what is known of one half of the lanes, and the other
 
-    def __init__(self, spec: RouterSpec, experts: int, lanes: int, run: int, ragged: bool):
+
+class Shortlist:
+    """Lists of LIST entries. Where logits come in one piece, their bounds are kept."""
+
+    def __init__(
+        self, spec: RouterSpec, experts: int, lanes: int, run: int, pieces: int, ragged: bool
+    ):
         self.spec = spec
+        self.pieces = pieces
         self.ragged = ragged  # whether some of the experts may not be there
         self.lay = Sieve(experts, spec.top_k, lanes, run, ragged)
-        self.entries = experts // lanes  # that a lane has logits of
+        self.piece = experts // lanes // pieces  # entries of a lane, of one piece
+        self.words = -(-self.piece // BITS)  # of marks
         self.share = LIST // lanes  # entries of a list that a lane has in the end
-
-    def offset(self, entry: int) -> int:
-        """From a lane's first expert to another one of it."""
-        return self.lay.offset(0, entry)
 
     @cute.jit
     def find(self, row: Row, sBias: Any, sDrafts: cute.Tensor) -> Entries:
@@ -70,9 +75,8 @@ class Shortlist:
 
         sDrafts: (2 * LIST words, token of the warp), of the warp's own.
         """
-        rHigh, maxima = self.bounds(row, sBias)
-        rMarks = cute.make_rmem_tensor(-(-self.lay.entries // BITS), Uint32)
-        cut = self.cut(rHigh, maxima, rMarks, row.lane)
+        rMarks = cute.make_rmem_tensor(self.pieces * self.words, Uint32)
+        cut = self.cut(row, sBias, rMarks)
         cute.arch.sync_warp()  # the last drafts have been read
         sDraft = sDrafts[None, cute.arch.lane_idx() // self.lay.lanes]
         self.put(row, cut, rMarks, sDraft)
@@ -83,64 +87,77 @@ class Shortlist:
         self.settle(row, doubtful, sBias, sDrafts, entries)
         return entries
 
-    def bounds(self, row: Row, sBias: Any) -> tuple[cute.Tensor, "Halves"]:
-        """(ENTRY) `high`, -inf where there is no expert; best maxima of groups of `low`, sorted,
-        of one half of the lanes and of the other."""
-        rHigh = cute.make_rmem_tensor(self.lay.entries, Float32)
-        rHigh.fill(-Float32.inf)
-        maxima = [-Float32.inf] * self.lay.groups  # that of NaN alone, too
-        for e in range(self.entries):
-            about = rough(row.rLogits[e], self.spec.scoring)
-            bias = self.bias(row, sBias, e)
-            low = cute.math.fma(about, Float32(1 - ROUGH), bias)
-            high = cute.math.fma(about, Float32(1 + ROUGH), bias)
-            if self.ragged:
-                there = row.first + self.offset(e) < self.spec.num_experts
-                low, high = (cutlass.select_(there, x, -Float32.inf) for x in (low, high))
-            rHigh[e] = high
-            group = e % self.lay.groups
-            maxima[group] = larger(maxima[group], low)
-        return rHigh, merged(sort(maxima, NUMBERS)[: self.lay.kept], self.lay.lanes, self.lay.width)
-
     @cute.jit
-    def cut(
-        self, rHigh: cute.Tensor, maxima: Any, rMarks: cute.Tensor, lane: Int32
-    ) -> Cut:
+    def cut(self, row: Row, sBias: Any, rMarks: cute.Tensor) -> Cut:
         """Find T, and mark this lane's entries that are left; where they are too many, raise T."""
-        lay, k = self.lay, self.spec.top_k
-        minus_t, count, ahead = self.try_cut(rHigh, kth_of_two(maxima, k), rMarks, lane)
+        k = self.spec.top_k
+        rHigh, maxima = self.maxima(row, sBias)
+        minus_t, count, ahead = self.try_cut(row, sBias, rHigh, kth_of_two(maxima, k), rMarks)
         raised = Boolean(False)
         if cute.arch.vote_any_sync(count > LIST):
-            place = Int32(k)
-            t = -minus_t
+            place, t = Int32(k), -minus_t
             while cute.arch.vote_any_sync(count > LIST and place > 1):
                 raised = raised or count > LIST
                 place = place - Int32(count > LIST)
                 for other in cutlass.range_constexpr(1, k):
                     t = cutlass.select_(place == other, kth_of_two(maxima, other), t)
-                minus_t, count, ahead = self.try_cut(rHigh, t, rMarks, lane)
+                minus_t, count, ahead = self.try_cut(row, sBias, rHigh, t, rMarks)
             count = cutlass.select_(count > LIST, Int32(0), count)
         return Cut(minus_t, Int32(count), ahead, raised)
 
+    def maxima(self, row: Row, sBias: Any) -> tuple[cute.Tensor, Halves]:
+        """`high` of the last piece, and the best maxima of groups of `low`, sorted."""
+        best = [-Float32.inf] * self.lay.groups  # that of NaN alone, too
+        for piece in range(self.pieces):
+            rLow, rHigh = self.bounds(row, sBias, piece)
+            for e in range(self.piece):
+                group = e % self.lay.groups
+                best[group] = larger(best[group], rLow[e])
+        best = sort(best, NUMBERS)[: self.lay.kept]
+        return rHigh, halves_of(best, self.lay.lanes, self.lay.width)
+
+    def bounds(self, row: Row, sBias: Any, piece: int) -> tuple[cute.Tensor, cute.Tensor]:
+        """(ENTRY) `low` and `high` of a piece, -inf where there is no expert."""
+        rLow, rHigh = (cute.make_rmem_tensor(self.piece, Float32) for _ in range(2))
+        rLogits = row.load(piece)
+        for e in range(self.piece):
+            expert = row.first + self.offset(piece, e)
+            about = rough(rLogits[e], self.spec.scoring)
+            bias = Float32(0.0) if sBias is None else sBias[expert]
+            low = cute.math.fma(about, Float32(1 - ROUGH), bias)
+            high = cute.math.fma(about, Float32(1 + ROUGH), bias)
+            if self.ragged:
+                there = expert < self.spec.num_experts
+                low, high = (cutlass.select_(there, x, -Float32.inf) for x in (low, high))
+            rLow[e], rHigh[e] = low, high
+        return rLow, rHigh
+
+    def offset(self, piece: int, e: int) -> int:
+        """From a lane's first expert to another one of it."""
+        return self.lay.offset(0, piece * self.piece + e)
+
     def try_cut(
-        self, rHigh: cute.Tensor, t: Float32, rMarks: cute.Tensor, lane: Int32
+        self, row: Row, sBias: Any, rHigh: cute.Tensor, t: Float32, rMarks: cute.Tensor
     ) -> tuple[Float32, Int32, Int32]:
         """Mark this lane's entries that are not below t; -t, marks of the row and ahead in it."""
         minus_t = Float32(0.0) - t
-        self.lay.mark(rHigh, minus_t, rMarks)
-        return minus_t, *self.lay.count(rMarks, lane)
-
-    def bias(self, row: Row, sBias: Any, entry: int) -> Float32:
-        """The bias of one of this lane's experts."""
-        return Float32(0.0) if sBias is None else sBias[row.first + self.offset(entry)]
+        for piece in range(self.pieces):
+            if self.pieces > 1:
+                rHigh = self.bounds(row, sBias, piece)[1]
+            rWords = rMarks.iterator + piece * self.words
+            self.lay.mark(rHigh, minus_t, cute.make_tensor(rWords, cute.make_layout(self.words)))
+        return minus_t, *self.lay.count(rMarks, row.lane)
 
     def put(self, row: Row, cut: Cut, rMarks: cute.Tensor, sDraft: cute.Tensor) -> None:
         """Write the logits and experts that are marked to the row's draft."""
         at = (sDraft.iterator + 2 * cut.ahead).toint().to(Int32)
-        for e in range(self.entries):
-            marks = cutlass.select_(cut.count > 0, rMarks[e // BITS], Uint32(0))
-            expert = row.first + self.offset(e)
-            at = push_marked(at, marks, e % BITS, row.rLogits[e].bitcast(Int32), expert)
+        for piece in range(self.pieces):
+            rLogits = row.load(piece)
+            for e in range(self.piece):
+                word = rMarks[piece * self.words + e // BITS]
+                marks = cutlass.select_(cut.count > 0, word, Uint32(0))
+                logit, expert = rLogits[e].bitcast(Int32), row.first + self.offset(piece, e)
+                at = push_marked(at, marks, e % BITS, logit, expert)
 
     def share_of(self, row: Row, count: Int32, sDraft: cute.Tensor) -> Entries:
         """This lane's share of a draft of `count` entries: logits in place of activations."""
@@ -181,29 +198,32 @@ class Shortlist:
         The warp's drafts have been read: the logits of a token take their place.
         """
         lane, lanes = cute.arch.lane_idx(), self.lay.lanes
+        base = row.first - row.lane * self.lay.run  # of the experts that are looked at
         left = cute.arch.vote_ballot_sync(doubtful and row.lane == 0)
+        sRow = cute.make_tensor(sDrafts.iterator, cute.make_layout(self.lay.length))
+        first, start, load = row.lane * self.share, row.lane * self.lay.run, row.load
         while left != 0:
-            ours = lane // lanes == Int32(cute.arch.popc((left & -left) - 1)) // lanes
-            sRow = cute.make_tensor(sDrafts.iterator, cute.make_layout(self.lay.length))
-            if ours:
-                for e in cutlass.range_constexpr(self.entries):
-                    sRow[row.lane * self.lay.run + self.offset(e)] = row.rLogits[e].bitcast(Int32)
+            token = Int32(cute.arch.popc((left & -left) - 1)) // self.lay.lanes
+            ours = cute.arch.lane_idx() // self.lay.lanes == token
+            for piece in cutlass.range_constexpr(self.pieces):
+                rLogits = load(piece)
+                if ours:
+                    for e in cutlass.range_constexpr(self.piece):
+                        sRow[start + self.offset(piece, e)] = rLogits[e].bitcast(Int32)
             cute.arch.sync_warp()
-            expert, activation = self.best_of(sRow, row, sBias)
+            expert, activation = self.best_of(sRow, base, sBias)
             for i in cutlass.range_constexpr(self.share):
-                source = row.lane * self.share + i
-                theirs = cute.arch.shuffle_sync(activation, source)
+                theirs = cute.arch.shuffle_sync(activation, first + i)
                 entries.rActs[i] = cutlass.select_(ours, theirs, entries.rActs[i])
-                theirs = cute.arch.shuffle_sync(expert, source)
+                theirs = cute.arch.shuffle_sync(expert, first + i)
                 entries.rExperts[i] = cutlass.select_(ours, theirs, entries.rExperts[i])
             left = left & (left - 1)
             cute.arch.sync_warp()  # the row has been read
 
     @cute.jit
-    def best_of(self, sRow: cute.Tensor, row: Row, sBias: Any) -> tuple[Int32, Float32]:
+    def best_of(self, sRow: cute.Tensor, base: Int32, sBias: Any) -> tuple[Int32, Float32]:
         """(expert, activation) of a token's k best, the j-th one in lane j, NOBODY in others."""
         lane, E = cute.arch.lane_idx(), self.lay.length
-        base = row.first - row.lane * self.lay.run
         slots = -(-E // WARP)
         rActs = cute.make_rmem_tensor(slots, Float32)
         rKeys = cute.make_rmem_tensor(slots, Uint32)
@@ -229,14 +249,13 @@ def score_of(activation: Float32, sBias: Any, expert: Int32) -> Float32:
     return activation if sBias is None else with_bias(activation, sBias[expert])
 
 
-Halves = tuple[list[Float32], list[Float32]]  # what is known of one half of the lanes, and the other
-
-
-def merged(values: list[Float32], lanes: int, width: int) -> Halves:
+def halves_of(values: list[Float32], lanes: int, width: int) -> Halves:
     """Of each lane's values, sorted, the `width` best of both halves of the lanes."""
+    if lanes == 1:
+        return values, []
     for bit in range(lanes.bit_length() - 2):
         values = merge(values, other_lanes(values, 1 << bit))[:width]
-    return values, other_lanes(values[:width], lanes // 2)
+    return values, other_lanes(values, lanes // 2)
 
 
 def other_lanes(values: list[Float32], mask: int) -> list[Float32]:
@@ -259,9 +278,8 @@ def merge(ours: list[Float32], theirs: list[Float32]) -> list[Float32]:
 def kth_of_two(halves: Halves, k: int) -> Float32:
     """The k-th greatest of two sorted lists: k are no less, i of one and k - i of the other."""
     ours, theirs = halves
-    best = -Float32.inf
-    for i in range(k + 1):
+    best = []
+    for i in range(max(0, k - len(theirs)), min(k, len(ours)) + 1):
         least = [half[n - 1] for half, n in ((ours, i), (theirs, k - i)) if n > 0]
-        if all(n <= len(half) for half, n in ((ours, i), (theirs, k - i))):
-            best = larger(best, least[0] if len(least) == 1 else smaller(*least))
-    return best
+        best.append(reduce(smaller, least))
+    return reduce(larger, best)

@@ -22,7 +22,6 @@ MAX_MMA_EXPERTS = 256  # of one instruction, on MMA-N
 MAX_CHAIN = 32  # K blocks: 2048 products of one chain
 MAX_WHOLE_SUMS = 192  # experts: sums beside accumulators are twice 96 registers a thread, of 232
 WARPGROUP = 128  # threads
-SUM_LANES = 4  # of a warp, that hold the sums of a token of WGMMA's accumulators
 # Of TMEM's 512. A CTA that waits for the kernel ahead, or for its cluster, holds them; one of that
 # kernel on the same SM must find its own, or each would wait for the other.
 MAX_COLUMNS = 256
@@ -158,7 +157,12 @@ class PrefillConfig:
     @property
     def drafts(self) -> tuple[int, int, int]:
         """Words of the drafts of lists (word, token of a warp, warp)."""
-        return 2 * LIST, WARP // self.lanes, self.mma_threads // WARP
+        return 2 * LIST, WARP // self.sum_lanes, self.mma_threads // WARP
+
+    @property
+    def sum_lanes(self) -> int:
+        """Lanes of a warp that hold the sums of a token: of WGMMA's accumulators, or of TMEM."""
+        return 1 if self.blackwell else 4
 
     @property
     def padded(self) -> int:
@@ -282,10 +286,10 @@ def can_list(config: PrefillConfig) -> None:
     c = config
     if not c.by_threshold or c.extras.second_bias or c.extras.logits:
         raise ValueError(f"shortlists are for scores of one logit and one bias; got {c}")
-    if c.blackwell or c.split_k > 1 or c.overlay or c.lanes != SUM_LANES:
+    if c.split_k > 1 or c.overlay or c.lanes not in (4, 8):
         raise ValueError(
-            "shortlists are for sm_90a, split_k=1, overlay=False and"
-            f" lanes={SUM_LANES}; got {c.arch}, {c.split_k}, {c.overlay} and {c.lanes}"
+            "shortlists are for split_k=1, overlay=False and lanes=4 or 8;"
+            f" got {c.split_k}, {c.overlay} and {c.lanes}"
         )
     fewest = c.spec.num_experts - (c.split_e - 1) * c.tile_experts
     if c.spec.top_k > LIST // 2 or fewest < 2 * LIST:

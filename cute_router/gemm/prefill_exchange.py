@@ -20,7 +20,7 @@ import cutlass.pipeline as pipeline
 from cutlass import Float32, Int32
 
 from cute_router.gemm.prefill_config import PrefillConfig
-from cute_router.gemm.prefill_mainloop import PrefillMainloop, Shared, Start, Tiles
+from cute_router.gemm.prefill_mainloop import Pieces, PrefillMainloop, Shared, Tiles
 from cute_router.gemm.ptx import (
     arrive_at_peer,
     arrive_relaxed_at_peer,
@@ -43,10 +43,8 @@ class Exchange(ABC):
         self.multiplied = pipeline.NamedBarrier(MULTIPLIED_BARRIER, config.mma_threads)
 
     @abstractmethod
-    def send(
-        self, s: Shared, tiles: Tiles, turn: Int32, rAcc: cute.Tensor, at: list[Start]
-    ) -> None:
-        """Send what is known from sums, whose runs start at the places `at`."""
+    def send(self, s: Shared, tiles: Tiles, turn: Int32, pieces: Pieces) -> None:
+        """Send what is known from a thread's sums."""
 
     @cute.jit
     def expect(self, s: Shared, tiles: Tiles, tid: Int32) -> None:
@@ -107,11 +105,16 @@ class LogitExchange(Exchange):
         c = self.cfg
         return cute.make_layout((c.pitch, c.rows, c.split_k))
 
+    def send(self, s: Shared, tiles: Tiles, turn: Int32, pieces: Pieces) -> None:
+        """Send sums to the owners of their tokens."""
+        for piece in range(pieces.count):
+            self.send_piece(s, tiles, *pieces.load(piece))
+
     @cute.jit
-    def send(
-        self, s: Shared, tiles: Tiles, turn: Int32, rAcc: cute.Tensor, at: list[Start]
+    def send_piece(
+        self, s: Shared, tiles: Tiles, rAcc: cute.Tensor, at: list[tuple[Int32, Int32]]
     ) -> None:
-        """Send sums, run by run, to the owners of their tokens."""
+        """Send a piece of them, run by run."""
         c = self.cfg
         owners = [at[row][0] // c.owned for row in range(self.rows)]
         slots = [self.slot(s, tiles, at[row]) for row in range(self.rows)]
@@ -125,13 +128,13 @@ class LogitExchange(Exchange):
                 else:
                     self.store_async(s, owners, slots, rAcc, at, runs)
 
-    def slot(self, s: Shared, tiles: Tiles, start: Start) -> cute.Pointer:
+    def slot(self, s: Shared, tiles: Tiles, start: tuple[Int32, Int32]) -> cute.Pointer:
         """Where the owner of a run keeps it."""
         c, (token, expert) = self.cfg, start
         crd = (tiles.e_part * c.tile_experts + expert, token % c.owned, tiles.k_part)
         return s.sLogits.iterator + cute.assume(cute.crd2idx(crd, self.layout()), divby=self.vector)
 
-    def store(self, slot: cute.Pointer, rAcc: cute.Tensor, at: list[Start], runs: range) -> None:
+    def store(self, slot: cute.Pointer, rAcc: cute.Tensor, at: list[tuple[Int32, Int32]], runs: range) -> None:
         """A token's sums to this CTA's own memory; its first run to `slot`."""
         v = self.vector
         for i in runs:
@@ -147,7 +150,7 @@ class LogitExchange(Exchange):
         owners: list[Int32],
         slots: list[cute.Pointer],
         rAcc: cute.Tensor,
-        at: list[Start],
+        at: list[tuple[Int32, Int32]],
         runs: range,
     ) -> None:
         """Sums to the owners of their tokens; the first run of each token to its slot there."""

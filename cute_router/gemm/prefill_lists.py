@@ -7,13 +7,13 @@ Threads that hold sums of a token make its list (`epilogue.shortlist`), and each
 
 import cutlass
 import cutlass.cute as cute
-import cutlass.pipeline as pipeline
 from cutlass import Float32, Int32
+from cutlass.pipeline import NamedBarrier
 
 from cute_router.epilogue.shortlist import Entries, Row, Shortlist
 from cute_router.gemm.prefill_config import PrefillConfig
 from cute_router.gemm.prefill_exchange import Exchange
-from cute_router.gemm.prefill_mainloop import PrefillMainloop, Shared, Start, Tiles
+from cute_router.gemm.prefill_mainloop import Pieces, PrefillMainloop, Shared, Tiles
 from cute_router.gemm.ptx import at_peer, store_async
 from cute_router.topk.ptx import opaque
 from cute_router.topk.staging import VECTOR_BYTES
@@ -25,39 +25,42 @@ PAIR = 4  # words of two entries, which are stored at once
 class ListExchange(Exchange):
     """Short lists, of sums that need no other CTA's."""
 
-    def __init__(self, config: PrefillConfig, mainloop: PrefillMainloop, meet: pipeline.NamedBarrier):
+    def __init__(self, config: PrefillConfig, mainloop: PrefillMainloop, meet: NamedBarrier):
         super().__init__(config, mainloop, meet)
-        c = config
-        ragged = c.padded > c.spec.num_experts
-        self.shortlist = Shortlist(c.spec, c.tile_experts, c.lanes, self.vector, ragged)
+        c, pieces = config, mainloop.pieces
+        place = c.sum_lanes, self.vector, pieces, c.padded > c.spec.num_experts
+        self.shortlist = Shortlist(c.spec, c.tile_experts, *place)
 
     @cute.jit
-    def send(
-        self, s: Shared, tiles: Tiles, turn: Int32, rAcc: cute.Tensor, at: list[Start]
-    ) -> None:
+    def send(self, s: Shared, tiles: Tiles, turn: Int32, pieces: Pieces) -> None:
         """Send the lists of a thread's tokens."""
         c = self.cfg
-        lane, warp = opaque(cute.arch.lane_idx()), opaque(cute.arch.warp_idx())
+        # What follows from a known lane would be kept in registers through the product.
+        lane, warp = opaque(cute.arch.lane_idx()) % c.sum_lanes, opaque(cute.arch.warp_idx())
         sDrafts = s.sDrafts[None, None, warp]
         end = tiles.tokens - (tiles.first + turn * tiles.step) * c.tile_tokens  # of the tile
         sBias = s.sBias if cutlass.const_expr(c.spec.has_bias) else None
-        # A loop at run time: once the code is as much as the instruction cache likes.
-        rLogits = self.logits(rAcc, 0)
-        for row in cutlass.range(self.rows, unroll=1):
-            token, expert = at[0]
-            token = token + row * ROWS_APART
-            first = tiles.e_part * c.tile_experts + expert
-            of_row = Row(rLogits, first, lane % c.lanes, token < end)
-            entries = self.shortlist.find(of_row, sBias, sDrafts)
-            self.send_share(s, tiles, token, lane % c.lanes, entries)
-            rLogits.store(self.logits(rAcc, self.rows - 1).load())
+        token, expert = pieces.load(0)[1][0]
+        first = tiles.e_part * c.tile_experts + expert
+        if cutlass.const_expr(self.rows == 1):
+            row = Row(lambda piece: pieces.load(piece)[0], first, lane, token < end)
+            self.send_share(s, tiles, token, lane, self.shortlist.find(row, sBias, sDrafts))
+        else:
+            # A loop at run time: once the code is as much as the instruction cache likes.
+            rSums, _ = pieces.load(0)
+            rLogits = self.tokens(rSums, 0)
+            for i in cutlass.range(self.rows, unroll=1):
+                token_i = token + i * ROWS_APART
+                row = Row(lambda _: rLogits, first, lane, token_i < end)
+                self.send_share(s, tiles, token_i, lane, self.shortlist.find(row, sBias, sDrafts))
+                rLogits.store(self.tokens(rSums, 1).load())
 
-    def logits(self, rAcc: cute.Tensor, row: int) -> cute.Tensor:
+    def tokens(self, rSums: cute.Tensor, i: int) -> cute.Tensor:
         """(ENTRY) the sums of one of a thread's tokens."""
-        v = self.vector
-        rLogits = cute.make_rmem_tensor(self.shortlist.entries, Float32)
-        for e in range(self.shortlist.entries):
-            rLogits[e] = rAcc[(e // v * self.rows + row) * v + e % v]
+        v, size = self.vector, cute.size(rSums) // self.rows
+        rLogits = cute.make_rmem_tensor(size, Float32)
+        for e in range(size):
+            rLogits[e] = rSums[(e // v * self.rows + i) * v + e % v]
         return rLogits
 
     @cute.jit

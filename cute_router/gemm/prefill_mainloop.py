@@ -5,6 +5,7 @@ epilogue thread its fp32 sums with the places that they have, in one piece or in
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import cutlass.cute as cute
@@ -44,26 +45,31 @@ class Tiles(NamedTuple):
     tokens: Int32  # of all tiles
 
 
-Start = tuple[Int32, Int32]  # (token, expert) of the first sum of a run, within a CTA's tile
+class Pieces(NamedTuple):
+    """The sums of a thread, in registers or to be read."""
+
+    count: int
+    # A piece, and (token, expert) of the first sum of each of its runs of `vector` experts, within
+    # the CTA's tile; a thread's tokens take turns with every run.
+    load: Callable[[int], tuple[cute.Tensor, list[tuple[Int32, Int32]]]]
 
 
 class Sink(Protocol):
     """Where sums go (`gemm.prefill_exchange`)."""
 
     def open(self, s: Shared, turn: Int32, tid: Int32) -> None:
-        """Wait until there is room for those of tile `turn`."""
+        """Wait until there is room for what comes of tile `turn`."""
 
-    def send(
-        self, s: Shared, tiles: Tiles, turn: Int32, rAcc: cute.Tensor, at: list[Start]
-    ) -> None:
-        """Take sums, of which each run of `vector` experts starts at its place."""
+    def send(self, s: Shared, tiles: Tiles, turn: Int32, pieces: Pieces) -> None:
+        """Take the sums of a thread."""
 
 
 class PrefillMainloop(ABC):
     """L[n, e] += sum_k x[n, k] W[e, k] over a CTA's K blocks; tokens -> MMA-M, experts -> MMA-N."""
 
     vector: int  # experts of a run: sums side by side, of one token
-    rows: int  # tokens of a thread, which take turns with every run
+    rows: int  # tokens of a thread
+    pieces: int  # in which it hands out its sums
 
     def __init__(self, config: PrefillConfig):
         self.cfg = config

@@ -14,7 +14,7 @@ from cutlass.cute.nvgpu import tcgen05
 
 from cute_router.gemm.config import TILE_K
 from cute_router.gemm.prefill_config import PrefillConfig
-from cute_router.gemm.prefill_mainloop import PrefillMainloop, Shared, Sink, Tiles
+from cute_router.gemm.prefill_mainloop import Pieces, PrefillMainloop, Shared, Sink, Tiles
 from cute_router.gemm.tcgen05 import Tcgen05Operands
 
 CHUNK = 32  # columns of TMEM that a thread has in registers at once
@@ -28,6 +28,7 @@ class PrefillSm100(Tcgen05Operands, PrefillMainloop):
     def __init__(self, config: PrefillConfig):
         super().__init__(config)
         self.tile = (config.tile_tokens, config.tile_experts, TILE_K)
+        self.pieces = config.tile_experts // CHUNK
 
     def partition(self, atoms, sX: cute.Tensor, sW: cute.Tensor, tiles: Tiles):
         """The tiles as TMA sees them."""
@@ -84,12 +85,15 @@ class PrefillSm100(Tcgen05Operands, PrefillMainloop):
         buffers = self.cfg.buffers
         cute.arch.mbarrier_wait(s.done + turn % buffers, turn // buffers % 2)
         cute.arch.inline_ptx("tcgen05.fence::after_thread_sync;")
-        for chunk in range(self.cfg.tile_experts // CHUNK):
+
+        def load(chunk: int):
             rAcc = cute.make_rmem_tensor(coords.shape, Float32)
             cute.copy(copy, thr.partition_S(tChunks[None, None, 0, chunk]), rAcc)
             cute.arch.fence_view_async_tmem_load()
             runs = [coords[i] for i in range(0, CHUNK, self.vector)]
-            sink.send(s, tiles, turn, rAcc, [(token, chunk * CHUNK + e) for token, e in runs])
+            return rAcc, [(token, chunk * CHUNK + e) for token, e in runs]
+
+        sink.send(s, tiles, turn, Pieces(self.pieces, load))
         cute.arch.inline_ptx("tcgen05.fence::before_thread_sync;")
         self.drained(s, turn)
 

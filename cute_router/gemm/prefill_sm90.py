@@ -14,7 +14,7 @@ from cutlass.cute.nvgpu import warpgroup
 
 from cute_router.gemm.config import TILE_K
 from cute_router.gemm.prefill_config import WARPGROUP, PrefillConfig
-from cute_router.gemm.prefill_mainloop import PrefillMainloop, Shared, Sink, Start, Tiles
+from cute_router.gemm.prefill_mainloop import Pieces, PrefillMainloop, Shared, Sink, Tiles
 from cute_router.gemm.prefill_sums import SplitSums, WholeSums
 from cute_router.gemm.wgmma import WgmmaOperands
 from cute_router.topk.ptx import opaque
@@ -40,7 +40,7 @@ def trade(low: list[Float32], high: list[Float32], odd: Boolean) -> list[Float32
 class PrefillSm90(WgmmaOperands, PrefillMainloop):
     """WGMMA, issued by the epilogue's own warps."""
 
-    rows = 2
+    rows, pieces = 2, 1
 
     def __init__(self, config: PrefillConfig):
         super().__init__(config)
@@ -66,9 +66,9 @@ class PrefillSm90(WgmmaOperands, PrefillMainloop):
         else:
             rSum, at = self.pair(rSum, coords)
         sink.open(s, turn, tid)
-        sink.send(s, tiles, turn, rSum, at)
+        sink.send(s, tiles, turn, Pieces(1, lambda _: (rSum, at)))
 
-    def pair(self, rSum: cute.Tensor, coords: cute.Tensor) -> tuple[cute.Tensor, list[Start]]:
+    def pair(self, rSum: cute.Tensor, coords: cute.Tensor) -> tuple[cute.Tensor, list[tuple[Int32, Int32]]]:
         """Runs of 4 experts, by a trade with the neighbouring lane, and where they start.
 
         A store of a warp then has 64 bytes of each of its rows, not 32: to peers it takes two

@@ -42,7 +42,7 @@ def chosen_value(rValues: cute.Tensor, index: Int32) -> Float32:
 
 
 @cute.jit
-def take_best_of(rKeys: cute.Tensor, names: list[Int32], lanes: cutlass.Constexpr) -> Int32:
+def take_best_of(rKeys: cute.Tensor, names: list[Uint32], lanes: cutlass.Constexpr) -> Uint32:
     """The same among `lanes` lanes, whose entries have names of their own."""
     top = rKeys[0]
     for i in cutlass.range_constexpr(1, cute.size(rKeys)):
@@ -51,11 +51,11 @@ def take_best_of(rKeys: cute.Tensor, names: list[Int32], lanes: cutlass.Constexp
         top = greater(top, cute.arch.shuffle_sync_bfly(top, offset=1 << bit))
     lowest = Uint32(NOBODY)
     for i in cutlass.range_constexpr(cute.size(rKeys)):
-        name = cutlass.select_(rKeys[i] == top, Uint32(names[i]), Uint32(NOBODY))
+        name = cutlass.select_(rKeys[i] == top, names[i], Uint32(NOBODY))
         lowest = less(lowest, name)
     for bit in cutlass.range_constexpr(lanes.bit_length() - 1):
         lowest = less(lowest, cute.arch.shuffle_sync_bfly(lowest, offset=1 << bit))
     for i in cutlass.range_constexpr(cute.size(rKeys)):
-        taken = lowest == Uint32(names[i])
+        taken = lowest == names[i]
         rKeys[i] = cutlass.select_(taken, Uint32(REMOVED), rKeys[i])
-    return lowest.bitcast(Int32)
+    return lowest

@@ -159,7 +159,7 @@ class Sieve(Layout):
         """Mark the entries of this lane that are not below T, NaN among them, each by a bit."""
         half = BITS // 2
         for i in range(cute.size(rMarks)):
-            size = min(BITS, self.entries - i * BITS)
+            size = min(BITS, cute.size(rScores) - i * BITS)
             marks = Uint32(0)
             for start in reversed(range(0, size, half)):  # two chains of dependent shifts
                 below = Uint32(0)
