@@ -5,6 +5,8 @@ Nothing here looks at a GPU: the caller says for which target, and how many SMs 
     cycles = turns * (K blocks * max(multiply, load, wait) + chains + exchange + choice)
              + (turns - 1) * reload + start
 
+Short lists take a share of exchange and choice, and no reload.
+
 of the CTA that has most to do; its constants are a fit to 452 times on an H200 (docs/perf_log.md),
 to choose well rather than to foretell: what it chooses took 0.5 % longer than the best of them on
 average. What wins is the configuration with the fewest; of equals the first.
@@ -23,7 +25,10 @@ from cute_router.spec import RouterSpec
 from cute_router.topk.config import WARP, fitted
 
 SMS = 132
+LISTS = (True, False)  # (shortlists, overlay)
+FORMS = ((False, False), (False, True), LISTS)
 MAX_STAGES = 8
+LIST_LANES = 4  # for each token's short lists
 MAX_ENTRIES = 96  # logits that a lane holds in registers
 FEWEST_TOKENS = 64  # of the smallest bucket
 MAX_BUCKET = 1 << 17  # with so many token tiles, more of them make no difference
@@ -36,6 +41,7 @@ CHAIN = 690  # between two chains of MMAs
 EXCHANGED = 9.7  # bytes of logits out of an SM
 CHOOSING, ADDING = 0.63, 0.08  # for a logit, and for each of its partial sums beyond the first
 CHOICE_START = 2000  # for each tile
+LISTED = {64: 1.13, 128: 0.85}  # what short lists take of exchange and choice, by tokens of a tile
 RELOAD = 2400  # for each tile but the last, whose logits no loads go beside
 CLUSTER_START = 560  # for each doubling of the cluster
 
@@ -71,12 +77,11 @@ def candidates(
     pdl: bool = True,
 ) -> Iterator[PrefillConfig]:
     """Configurations worth measuring. Three parts of K were never the best."""
-    hopper = arch == "sm_90a"
-    for tile_tokens, split_e, split_k, overlay in product(
-        (128, 64) if hopper else (128,),
+    for tile_tokens, split_e, split_k, (shortlists, overlay) in product(
+        (128, 64) if arch == "sm_90a" else (128,),
         (1, 2, 3, 4, 8),
         (1, 2, 4, 8),
-        (True, False) if hopper else (False,),
+        FORMS,
     ):
         cluster = split_e * split_k
         if cluster not in CLUSTERS_AT_ONCE or cluster > max_cluster:
@@ -91,22 +96,41 @@ def candidates(
             split_k,
             stages=MAX_STAGES,
             clusters=max(1, CLUSTERS_AT_ONCE[cluster] * sms // SMS),
-            overlay=overlay,
             pdl=pdl,
         )
-        if hopper and split_e > 1 and config.tile_experts > MAX_WHOLE_SUMS:
+        if arch == "sm_90a" and split_e > 1 and config.tile_experts > MAX_WHOLE_SUMS:
             continue  # of so many accumulators and E = 1024 some registers are spilled
-        config = deepest(replace(config, lanes=lanes_of(config)))
-        if overlay and deepest(replace(config, overlay=False)).stages == config.stages:
+        config = in_form(config, shortlists, overlay)
+        if overlay and in_form(config, shortlists, False).stages == config.stages:
             continue  # there is room beside the ring
         if runs(config, can_implement):
             yield config
 
 
+def in_form(config: PrefillConfig, shortlists: bool, overlay: bool) -> PrefillConfig:
+    """`config` with what is exchanged in this form, and what follows from that."""
+    config = replace(config, shortlists=shortlists, overlay=overlay)
+    return deepest(replace(config, lanes=lanes_of(config)))
+
+
 def with_extras(config: PrefillConfig, extras: ExtrasSpec) -> PrefillConfig:
     """`config` with extras, whose sums are the same; a second bias may take the room of a stage."""
     config = replace(config, extras=extras)
+    if config.shortlists and not runs(config, can_implement):
+        return with_logits(config)
     return replace(config, stages=min(config.stages, deepest(config).stages))
+
+
+def with_logits(config: PrefillConfig) -> PrefillConfig:
+    """`config` with logits exchanged; where there is no room for them, by more CTAs of a tile."""
+    for split_e in range(config.split_e, MAX_CLUSTER + 1):
+        clusters = max(1, config.clusters * config.split_e // split_e)
+        wider = replace(config, split_e=split_e, clusters=clusters)
+        forms = [in_form(wider, *form) for form in FORMS if form != LISTS]
+        found = [form for form in forms if runs(form, can_implement)]
+        if found:
+            return max(found, key=lambda form: form.stages)
+    raise ValueError(f"no form of this configuration has room for logits: {config}")
 
 
 def lanes_of(config: PrefillConfig) -> int:
@@ -116,6 +140,8 @@ def lanes_of(config: PrefillConfig) -> int:
     """
     if not config.by_threshold:
         return WARP
+    if config.shortlists:
+        return LIST_LANES
     spare = config.epilogue_threads // config.owned
     lanes = 1 << max(2, min(5, spare.bit_length() - 1))
     return fitted(lanes, config.spec.num_experts, MAX_ENTRIES)
@@ -140,6 +166,9 @@ def cycles(config: PrefillConfig, N: int) -> float:
     exchange = c.tile_tokens * c.tile_experts * 4 / EXCHANGED
     adding = ADDING * (c.split_k - 1)
     choice = c.owned * c.spec.num_experts * (CHOOSING + adding) + CHOICE_START
+    ending = exchange + choice
+    if c.shortlists:
+        ending *= LISTED[c.tile_tokens]
     reload = RELOAD * (turns - 1) if c.overlay else 0
     start = CLUSTER_START * log2(c.cluster)
-    return turns * (c.k_blocks * block + chains + exchange + choice) + reload + start
+    return turns * (c.k_blocks * block + chains + ending) + reload + start

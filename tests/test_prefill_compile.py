@@ -32,7 +32,7 @@ CHOSEN = {
     prefill_config(spec, N, arch): f"{arch}-E{spec.num_experts}-N{N}"
     for arch in ("sm_90a", "sm_100a")
     for spec in (FLASH, PRO)
-    for N in (128, 1024, 2048, 4096, 8192)
+    for N in (128, 1024, 2048, 4096, 8192, 16384)
 } | {
     prefill_config(spec, 4096, arch): f"{arch}-{name}"
     for arch in ("sm_90a", "sm_100a")

@@ -6,9 +6,10 @@ import pytest
 from refused import check_change, over_changes
 
 from cute_router.arch import MAX_CLUSTER
+from cute_router.extras import ExtrasSpec
 from cute_router.gemm.config import MAX_SMEM, ceil_div
 from cute_router.gemm.prefill_config import PrefillConfig, can_implement
-from cute_router.prefill_heuristics import candidates, prefill_config, token_bucket
+from cute_router.prefill_heuristics import candidates, prefill_config, token_bucket, with_extras
 from cute_router.spec import RouterSpec
 
 ARCHES = ("sm_90a", "sm_100a", "sm_100f")
@@ -49,6 +50,21 @@ def test_the_tuned_shapes_keep_an_h200_busy(E, K, N):
     assert 64 <= clusters * config.cluster <= 132
 
 
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("E", [64, 160, 256, 300, 384, 512, 1000])
+def test_extras_change_nothing_of_the_sums(E, arch):
+    for N in (4096, 16384):
+        chosen = prefill_config(RouterSpec(E, 4096), N, arch)
+        for extras in ({"logits": True}, {"second_bias": True}, {"num_valid": True, "shared": 1}):
+            config = with_extras(chosen, ExtrasSpec(**extras))
+            can_implement(config)
+            same = ("tile_tokens", "split_k", "k_blocks", "chain")
+            assert all(getattr(config, name) == getattr(chosen, name) for name in same)
+            assert config.cluster * config.clusters <= 132
+            if "num_valid" in extras:
+                assert config.shortlists == chosen.shortlists
+
+
 def test_buckets_grow_with_n_and_hold_it():
     buckets = [token_bucket(N) for N in range(1, 5000)]
     assert buckets == sorted(buckets)
@@ -59,6 +75,8 @@ def test_buckets_grow_with_n_and_hold_it():
 
 HOPPER = PrefillConfig(RouterSpec(256, 4096), "sm_90a")
 BLACKWELL = PrefillConfig(RouterSpec(256, 4096), "sm_100a")
+
+LISTS = PrefillConfig(RouterSpec(256, 4096), "sm_90a", lanes=4, shortlists=True)
 
 REFUSED = [
     (HOPPER, {"arch": "sm_80"}, "arch must be sm_90a, sm_100a or sm_100f; got 'sm_80'"),
@@ -78,6 +96,14 @@ REFUSED = [
         {"spec": RouterSpec(256, 128), "stages": 3},
         "overlay takes at most k_blocks=2 stages; got stages=3",
     ),
+    (LISTS, {"split_k": 2}, "shortlists are for split_k=1, .*; got 2"),
+    (LISTS, {"overlay": True}, "shortlists are for .*overlay=False and .*; got 1, True"),
+    (LISTS, {"lanes": 16}, "shortlists are for .*lanes=4 or 8; got 1, False and 16"),
+    (LISTS, {"spec": RouterSpec(256, 4096, 9)}, "shortlists are for top_k up to 8 .*; got 9 and"),
+    (LISTS, {"split_e": 16, "lanes": 4}, "32 experts or more of a CTA; got 6 and 16"),
+    (LISTS, {"spec": RouterSpec(256, 4096, 6, "softmax"), "lanes": 32}, "scores of one logit"),
+    (LISTS, {"extras": ExtrasSpec(logits=True)}, "shortlists are for scores of one logit and one"),
+    (LISTS, {"extras": ExtrasSpec(second_bias=True)}, "shortlists are for scores of one logit"),
     (HOPPER, {"stages": 6}, r"needs \d+ bytes of shared memory; a CTA has 232448"),
 ]
 

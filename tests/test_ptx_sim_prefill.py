@@ -51,13 +51,26 @@ CONFIGS = [
     (PrefillConfig(RouterSpec(144, 712), "sm_100a", 128, 4, 4, 3, 1, 16), 150),
 ]
 
+# The same with short lists. Owners have as many tokens as their warps look at, and fewer.
+LISTS = [
+    (PrefillConfig(RouterSpec(100, 200), "sm_90a", 64, 1, 1, 3, 1, 4, True), 150),
+    (PrefillConfig(RouterSpec(256, 72, 8, "sigmoid"), "sm_90a", 128, 1, 1, 2, 1, 4, True), 50),
+    (PrefillConfig(RouterSpec(300, 264), "sm_90a", 128, 2, 1, 2, 1, 4, True), 260),
+    (PrefillConfig(RouterSpec(144, 328, 1, has_bias=False), "sm_90a", 64, 3, 1, 3, 1, 8, True), 70),
+    (PrefillConfig(RouterSpec(512, 72), "sm_90a", 128, 8, 1, 3, 1, 4, True), 150),
+    (PrefillConfig(RouterSpec(100, 200), "sm_100a", 128, 1, 1, 3, 1, 4, True), 150),
+    (PrefillConfig(RouterSpec(384, 72), "sm_100a", 128, 3, 1, 3, 1, 8, True), 300),
+    (PrefillConfig(RouterSpec(300, 264, 8, "sigmoid"), "sm_100a", 128, 2, 1, 2, 1, 4, True), 260),
+]
+CONFIGS += LISTS
+
 
 def name_of(value: object) -> str:
     if not isinstance(value, PrefillConfig):
         return f"N{value}"
     c, s = value, value.spec
     split = f"tile{c.tile_tokens}-e{c.split_e}-k{c.split_k}"
-    split += "-overlay" * c.overlay
+    split += "-overlay" * c.overlay + "-lists" * c.shortlists
     return f"{c.arch}-E{s.num_experts}-K{s.hidden_size}-k{s.top_k}-{s.scoring}-{split}"
 
 
@@ -74,7 +87,9 @@ def test_right_in_every_order_and_the_same_bits_in_all(config, N):
             assert torch.equal(routing.weights, first.weights), f"{order}: not the same bits"
 
 
-@pytest.mark.parametrize("config", [CONFIGS[i][0] for i in (3, 6, 14, 20)], ids=name_of)
+@pytest.mark.parametrize(
+    "config", [CONFIGS[i][0] for i in (3, 6, 14, 20)] + [c for c, _ in LISTS], ids=name_of
+)
 def test_rows_of_every_kind_are_within_the_specification(config):
     case = Case("every kind", config.spec.num_experts, config.spec.hidden_size, len(ROWS))
     x, W, bias = draw(case, "cpu", kinds=list(ROWS))
@@ -82,7 +97,7 @@ def test_rows_of_every_kind_are_within_the_specification(config):
     oracle.assert_routing(routing, x, W, bias, routed_scaling_factor=2.5, **options_of(config.spec))
 
 
-@pytest.mark.parametrize("config", [CONFIGS[i][0] for i in (0, 6)], ids=name_of)
+@pytest.mark.parametrize("config", [CONFIGS[i][0] for i in (0, 6, 24, 29)], ids=name_of)
 def test_scores_that_differ_in_their_last_bits_are_told_apart(config):
     x, W, bias = exact_inputs(config.spec, 20, ties=False)
     bias = 1 + torch.randperm(config.spec.num_experts) * 2.0**-22
@@ -90,6 +105,24 @@ def test_scores_that_differ_in_their_last_bits_are_told_apart(config):
     routing = simulate_prefill(config, x, W, bias)
     best = bias.topk(config.spec.top_k).indices
     assert routing.ids.tolist() == [best.tolist()] * 20
+
+
+@pytest.mark.parametrize("config", [LISTS[0][0], LISTS[5][0]], ids=name_of)
+def test_short_lists_have_the_best_wherever_these_are(config):
+    """T is a maximum of groups of experts: 16 that are far apart in a row are of one group."""
+    E, k = config.spec.num_experts, config.spec.top_k
+    logits = -4 + torch.rand(4, E, generator=torch.Generator().manual_seed(1))
+    lane = torch.arange(E) // 2 % 4 if config.sum_lanes == 4 else torch.zeros(E, dtype=torch.int)
+    entry = torch.arange(E) // 8 * 2 + torch.arange(E) % 2 if config.sum_lanes == 4 else range(E)
+    group = lane * 8 + torch.as_tensor(entry) % 8 if config.sum_lanes == 4 else entry
+    group = torch.as_tensor(group) % 32
+    for n, groups in enumerate((1, k - 1, k, 2 * k)):  # that the greatest logits are in
+        logits[n, group < groups] += 4
+    x = torch.eye(4, config.spec.hidden_size).bfloat16()
+    W = torch.zeros(E, config.spec.hidden_size).bfloat16()
+    W[:, :4] = logits.T
+    bias = torch.zeros(E)
+    assert_same(simulate_prefill(config, x, W, bias), expected(config.spec, x, W, bias))
 
 
 # --- what the simulator would say if a barrier were missing -----------------------------------
@@ -100,7 +133,7 @@ def without(text: str, instruction: Callable[[str], bool]) -> str:
     return "\n".join(line for line in text.splitlines() if not instruction(line))
 
 
-@pytest.mark.parametrize("config", [CONFIGS[3][0], CONFIGS[4][0], CONFIGS[14][0]], ids=name_of)
+@pytest.mark.parametrize("config", [CONFIGS[i][0] for i in (3, 4, 14, 26, 31)], ids=name_of)
 def test_a_reader_that_does_not_say_that_there_is_room_is_noticed(config):
     config = replace(config, clusters=1)
     ptx = without(
@@ -126,7 +159,7 @@ def test_accumulators_that_are_not_said_to_be_read_are_not_written_again():
             simulate_prefill(config, *inputs, policy="random0", ptx=ptx)
 
 
-@pytest.mark.parametrize(("config", "N"), [CONFIGS[3], *CONFIGS[-3:]], ids=name_of)
+@pytest.mark.parametrize(("config", "N"), [CONFIGS[i] for i in (3, 21, 22, 23)], ids=name_of)
 def test_sums_for_a_cta_that_has_no_barriers_yet_are_noticed(config, N):
     ptx = without(ptx_of(config), lambda line: "barrier.cluster.wait" in line)
     inputs = exact_inputs(config.spec, N, ties=False)

@@ -1,4 +1,4 @@
-"""The choice of prefill from short lists: what may be among a token's k best, of every CTA's experts.
+"""The choice of prefill from short lists: what may be among a token's k best, by every CTA's word.
 
 A few lanes to a token. Each has some entries (`epilogue.shortlist`) of every list; the best of all
 is found and taken out, k times: exact for any data.
@@ -34,9 +34,7 @@ class ByLists:
         self.slots = -(-config.spec.top_k // self.lanes)  # places of the result that a lane has
 
     @cute.jit
-    def choose(
-        self, s: Shared, sBias: Any, first_token: Int32, count: Int32, out: Outputs
-    ) -> None:
+    def choose(self, s: Shared, sBias: Any, first_token: Int32, count: Int32, out: Outputs) -> None:
         """Route `count` owned tokens from `first_token` on; every warp takes some."""
         c, tokens = self.cfg, WARP // self.lanes
         # What follows from a known lane would be kept in registers through the product.

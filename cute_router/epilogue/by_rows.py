@@ -38,9 +38,7 @@ class ByRows:
         self.tokens = WARP // config.lanes  # of a warp
 
     @cute.jit
-    def choose(
-        self, s: Shared, sBias: Any, first_token: Int32, count: Int32, out: Outputs
-    ) -> None:
+    def choose(self, s: Shared, sBias: Any, first_token: Int32, count: Int32, out: Outputs) -> None:
         """Route `count` owned tokens from `first_token` on; every warp takes some."""
         c, sLogits, sLists = self.cfg, s.sLogits, s.sLists
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())

@@ -4,14 +4,14 @@
     T      the k-th greatest of the maxima of groups of `low`: k scores are no less
     list   the experts whose `high` is not below T, each with its exact activation
 
-Of rough activations r only the relative error u is known (`scoring.rough`). Rounding is monotonic, so
-that low <= score <= high holds of the rounded numbers too, and the list has the k best for certain:
-what is not on it is below k others. T costs a maximum an entry, the list a few times k activations,
-in place of one for every expert.
+Of rough activations r only the relative error u is known (`scoring.rough`). Rounding is monotonic,
+so that low <= score <= high holds of rounded numbers too, and the list has the k best for certain:
+what is not on it is below k others. T costs a maximum for each expert, and exact activations are
+made for those on the list alone.
 
-A few lanes share a token, whose logits lie on them as `topk.layout` says. Tokens whose list would be
-too long whatever T (many equals, NaN), or whose T is as small as activations that are 0 to `rough`,
-have their k best taken one by one.
+A few lanes share a token, whose logits lie on them as `topk.layout` says. Tokens whose list would
+be too long whatever T (many equals, NaN), or whose T is as small as activations that are 0 to
+`rough`, have their k best taken one by one.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from cute_router.topk.key import REMOVED, key
 from cute_router.topk.network import NUMBERS, larger, smaller, sort
 from cute_router.topk.ptx import push_marked
 from cute_router.topk.rounds import chosen_value, take_best
-from cute_router.topk.sieve import BITS, Cut, Sieve
+from cute_router.topk.sieve import BITS, Sieve
 from cute_router.topk.staging import VECTOR_BYTES
 
 NOBODY = -1  # the expert of an entry that a list does not have
@@ -45,6 +45,14 @@ class Row(NamedTuple):
     wanted: Boolean  # whether it is a token
 
 
+class Cut(NamedTuple):
+    """Where a row is cut."""
+
+    minus_t: Float32  # -T
+    count: Int32  # entries that are drafted; 0 if there is no room for all
+    raised: Boolean  # whether T is more than the k-th maximum
+
+
 class Entries(NamedTuple):
     """A lane's share of a list."""
 
@@ -52,11 +60,13 @@ class Entries(NamedTuple):
     rExperts: cute.Tensor  # NOBODY behind the end of the list
 
 
-Halves = tuple[list[Float32], list[Float32]]  # what is known of one half of the lanes, and the other
+Halves = tuple[
+    list[Float32], list[Float32]
+]  # what is known of one half of the lanes, and the other
 
 
 class Shortlist:
-    """Lists of LIST entries. Where logits come in one piece, their bounds are kept."""
+    """Lists of LIST entries, from logits that come in one piece or, to single lanes, in several."""
 
     def __init__(
         self, spec: RouterSpec, experts: int, lanes: int, run: int, pieces: int, ragged: bool
@@ -66,7 +76,6 @@ class Shortlist:
         self.ragged = ragged  # whether some of the experts may not be there
         self.lay = Sieve(experts, spec.top_k, lanes, run, ragged)
         self.piece = experts // lanes // pieces  # entries of a lane, of one piece
-        self.words = -(-self.piece // BITS)  # of marks
         self.share = LIST // lanes  # entries of a list that a lane has in the end
 
     @cute.jit
@@ -75,11 +84,10 @@ class Shortlist:
 
         sDrafts: (2 * LIST words, token of the warp), of the warp's own.
         """
-        rMarks = cute.make_rmem_tensor(self.pieces * self.words, Uint32)
-        cut = self.cut(row, sBias, rMarks)
-        cute.arch.sync_warp()  # the last drafts have been read
+        rHigh, maxima = self.maxima(row, sBias)
         sDraft = sDrafts[None, cute.arch.lane_idx() // self.lay.lanes]
-        self.put(row, cut, rMarks, sDraft)
+        cute.arch.sync_warp()  # the last drafts have been read
+        cut = self.cut(row, sBias, rHigh, maxima, sDraft)
         cute.arch.sync_warp()
         entries = self.share_of(row, cut.count, sDraft)
         activate_all(entries.rActs, self.spec.scoring)
@@ -88,40 +96,34 @@ class Shortlist:
         return entries
 
     @cute.jit
-    def cut(self, row: Row, sBias: Any, rMarks: cute.Tensor) -> Cut:
-        """Find T, and mark this lane's entries that are left; where they are too many, raise T."""
-        k = self.spec.top_k
-        rHigh, maxima = self.maxima(row, sBias)
-        minus_t, count, ahead = self.try_cut(row, sBias, rHigh, kth_of_two(maxima, k), rMarks)
-        raised = Boolean(False)
-        if cute.arch.vote_any_sync(count > LIST):
-            place, t = Int32(k), -minus_t
-            while cute.arch.vote_any_sync(count > LIST and place > 1):
-                raised = raised or count > LIST
-                place = place - Int32(count > LIST)
-                for other in cutlass.range_constexpr(1, k):
-                    t = cutlass.select_(place == other, kth_of_two(maxima, other), t)
-                minus_t, count, ahead = self.try_cut(row, sBias, rHigh, t, rMarks)
-            count = cutlass.select_(count > LIST, Int32(0), count)
-        return Cut(minus_t, Int32(count), ahead, raised)
-
-    def maxima(self, row: Row, sBias: Any) -> tuple[cute.Tensor, Halves]:
-        """`high` of the last piece, and the best maxima of groups of `low`, sorted."""
-        best = [-Float32.inf] * self.lay.groups  # that of NaN alone, too
-        for piece in range(self.pieces):
-            rLow, rHigh = self.bounds(row, sBias, piece)
-            for e in range(self.piece):
-                group = e % self.lay.groups
-                best[group] = larger(best[group], rLow[e])
-        best = sort(best, NUMBERS)[: self.lay.kept]
+    def maxima(self, row: Row, sBias: Any) -> tuple[Any, Halves]:
+        """`high` of the only piece, and the best maxima of groups of `low`, sorted."""
+        rBest = cute.make_rmem_tensor(self.lay.groups, Float32)
+        rBest.fill(-Float32.inf)  # the maximum of NaN alone, too
+        rHigh, load = None, row.load
+        if cutlass.const_expr(self.pieces == 1):
+            rLow, rHigh = self.bounds(load(0), row.first, sBias)
+            self.raise_maxima(rBest, rLow)
+        else:
+            for piece in cutlass.range(self.pieces, unroll=1):
+                rLow, _ = self.bounds(load(piece), row.first + piece * self.piece, sBias)
+                self.raise_maxima(rBest, rLow)
+        best = sort([rBest[i] for i in range(self.lay.groups)], NUMBERS)[: self.lay.kept]
         return rHigh, halves_of(best, self.lay.lanes, self.lay.width)
 
-    def bounds(self, row: Row, sBias: Any, piece: int) -> tuple[cute.Tensor, cute.Tensor]:
-        """(ENTRY) `low` and `high` of a piece, -inf where there is no expert."""
-        rLow, rHigh = (cute.make_rmem_tensor(self.piece, Float32) for _ in range(2))
-        rLogits = row.load(piece)
+    def raise_maxima(self, rBest: cute.Tensor, rLow: cute.Tensor) -> None:
+        """Raise the maxima of groups to those of more entries."""
         for e in range(self.piece):
-            expert = row.first + self.offset(piece, e)
+            group = e % self.lay.groups
+            rBest[group] = larger(rBest[group], rLow[e])
+
+    def bounds(
+        self, rLogits: cute.Tensor, first: Int32, sBias: Any
+    ) -> tuple[cute.Tensor, cute.Tensor]:
+        """(ENTRY) `low` and `high`, -inf where there is no expert; `first` is that of entry 0."""
+        rLow, rHigh = (cute.make_rmem_tensor(self.piece, Float32) for _ in range(2))
+        for e in range(self.piece):
+            expert = first + self.lay.offset(0, e)
             about = rough(rLogits[e], self.spec.scoring)
             bias = Float32(0.0) if sBias is None else sBias[expert]
             low = cute.math.fma(about, Float32(1 - ROUGH), bias)
@@ -132,32 +134,52 @@ class Shortlist:
             rLow[e], rHigh[e] = low, high
         return rLow, rHigh
 
-    def offset(self, piece: int, e: int) -> int:
-        """From a lane's first expert to another one of it."""
-        return self.lay.offset(0, piece * self.piece + e)
+    @cute.jit
+    def cut(self, row: Row, sBias: Any, rHigh: Any, maxima: Halves, sDraft: cute.Tensor) -> Cut:
+        """Find T, and draft the list; where it is too long, raise T."""
+        k, load = self.spec.top_k, row.load
+        t, place = kth_of_two(maxima, k), Int32(k)
+        minus_t, count = Float32(0.0), Int32(0)
+        searching = Boolean(True)
+        while searching:
+            minus_t, count = Float32(0.0) - t, Int32(0)
+            if cutlass.const_expr(self.pieces == 1):
+                count = self.draft(rHigh, load(0), row.first, minus_t, row.lane, count, sDraft)
+            else:
+                for piece in cutlass.range(self.pieces, unroll=1):
+                    first, rLogits = row.first + piece * self.piece, load(piece)
+                    _, rBounds = self.bounds(rLogits, first, sBias)
+                    count = self.draft(rBounds, rLogits, first, minus_t, row.lane, count, sDraft)
+            too_long = count > LIST and place > 1
+            searching = cute.arch.vote_any_sync(too_long)
+            if searching:
+                place = place - Int32(too_long)
+                for other in cutlass.range_constexpr(1, k):
+                    t = cutlass.select_(place == other, kth_of_two(maxima, other), t)
+        return Cut(minus_t, Int32(cutlass.select_(count > LIST, Int32(0), count)), place < k)
 
-    def try_cut(
-        self, row: Row, sBias: Any, rHigh: cute.Tensor, t: Float32, rMarks: cute.Tensor
-    ) -> tuple[Float32, Int32, Int32]:
-        """Mark this lane's entries that are not below t; -t, marks of the row and ahead in it."""
-        minus_t = Float32(0.0) - t
-        for piece in range(self.pieces):
-            if self.pieces > 1:
-                rHigh = self.bounds(row, sBias, piece)[1]
-            rWords = rMarks.iterator + piece * self.words
-            self.lay.mark(rHigh, minus_t, cute.make_tensor(rWords, cute.make_layout(self.words)))
-        return minus_t, *self.lay.count(rMarks, row.lane)
-
-    def put(self, row: Row, cut: Cut, rMarks: cute.Tensor, sDraft: cute.Tensor) -> None:
-        """Write the logits and experts that are marked to the row's draft."""
-        at = (sDraft.iterator + 2 * cut.ahead).toint().to(Int32)
-        for piece in range(self.pieces):
-            rLogits = row.load(piece)
-            for e in range(self.piece):
-                word = rMarks[piece * self.words + e // BITS]
-                marks = cutlass.select_(cut.count > 0, word, Uint32(0))
-                logit, expert = rLogits[e].bitcast(Int32), row.first + self.offset(piece, e)
-                at = push_marked(at, marks, e % BITS, logit, expert)
+    def draft(
+        self,
+        rHigh: cute.Tensor,
+        rLogits: cute.Tensor,
+        first: Int32,
+        minus_t: Float32,
+        lane: Int32,
+        count: Int32,
+        sDraft: cute.Tensor,
+    ) -> Int32:
+        """Write logits and experts whose `high` is not below T behind the `count` of the draft,
+        unless there is no room; how many it has, or would have, then."""
+        rMarks = cute.make_rmem_tensor(-(-self.piece // BITS), Uint32)
+        self.lay.mark(rHigh, minus_t, rMarks)
+        more, ahead = self.lay.count(rMarks, lane)
+        at = (sDraft.iterator + 2 * (count + ahead)).toint().to(Int32)
+        count = count + more
+        for e in range(self.piece):
+            marks = cutlass.select_(count > LIST, Uint32(0), rMarks[e // BITS])
+            expert = first + self.lay.offset(0, e)
+            at = push_marked(at, marks, e % BITS, rLogits[e].bitcast(Int32), expert)
+        return count
 
     def share_of(self, row: Row, count: Int32, sDraft: cute.Tensor) -> Entries:
         """This lane's share of a draft of `count` entries: logits in place of activations."""
@@ -197,7 +219,6 @@ class Shortlist:
 
         The warp's drafts have been read: the logits of a token take their place.
         """
-        lane, lanes = cute.arch.lane_idx(), self.lay.lanes
         base = row.first - row.lane * self.lay.run  # of the experts that are looked at
         left = cute.arch.vote_ballot_sync(doubtful and row.lane == 0)
         sRow = cute.make_tensor(sDrafts.iterator, cute.make_layout(self.lay.length))
@@ -205,11 +226,11 @@ class Shortlist:
         while left != 0:
             token = Int32(cute.arch.popc((left & -left) - 1)) // self.lay.lanes
             ours = cute.arch.lane_idx() // self.lay.lanes == token
-            for piece in cutlass.range_constexpr(self.pieces):
-                rLogits = load(piece)
-                if ours:
-                    for e in cutlass.range_constexpr(self.piece):
-                        sRow[start + self.offset(piece, e)] = rLogits[e].bitcast(Int32)
+            if cutlass.const_expr(self.pieces == 1):
+                self.put_row(sRow, start, load(0), ours)
+            else:
+                for piece in cutlass.range(self.pieces, unroll=1):
+                    self.put_row(sRow, start + piece * self.piece, load(piece), ours)
             cute.arch.sync_warp()
             expert, activation = self.best_of(sRow, base, sBias)
             for i in cutlass.range_constexpr(self.share):
@@ -219,6 +240,13 @@ class Shortlist:
                 entries.rExperts[i] = cutlass.select_(ours, theirs, entries.rExperts[i])
             left = left & (left - 1)
             cute.arch.sync_warp()  # the row has been read
+
+    @cute.jit
+    def put_row(self, sRow: cute.Tensor, start: Int32, rLogits: cute.Tensor, ours: Boolean) -> None:
+        """Write a piece of this lane's logits, if they are `ours`."""
+        if ours:
+            for e in cutlass.range_constexpr(self.piece):
+                sRow[start + self.lay.offset(0, e)] = rLogits[e].bitcast(Int32)
 
     @cute.jit
     def best_of(self, sRow: cute.Tensor, base: Int32, sBias: Any) -> tuple[Int32, Float32]:

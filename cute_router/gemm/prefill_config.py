@@ -150,6 +150,11 @@ class PrefillConfig:
         return 1 if self.spec.num_experts <= 256 else 2
 
     @property
+    def logits(self) -> tuple[int, int, int]:
+        """Words of the logits that an owner gets (expert, owned token, K part)."""
+        return (0, 0, 0) if self.shortlists else (self.pitch, self.rows, self.split_k)
+
+    @property
     def short_lists(self) -> tuple[int, int, int]:
         """Words of the lists that an owner gets (word, part of E, owned token)."""
         return 2 * LIST, self.split_e, self.rows
@@ -231,7 +236,7 @@ class PrefillConfig:
     def smem_bytes(self) -> int:
         """Shared memory of a CTA."""
         ring = self.stages * self.tile_bytes
-        logits = 0 if self.shortlists else self.split_k * self.rows * self.pitch * 4
+        logits = 4 * prod(self.logits)
         large = max(ring, logits) if self.overlay else ring + logits
         biases = self.padded * (8 if self.extras.second_bias else 4)
         lists = prod(self.lists) * self.list_bytes

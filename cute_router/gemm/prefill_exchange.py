@@ -20,7 +20,7 @@ import cutlass.pipeline as pipeline
 from cutlass import Float32, Int32
 
 from cute_router.gemm.prefill_config import PrefillConfig
-from cute_router.gemm.prefill_mainloop import Pieces, PrefillMainloop, Shared, Tiles
+from cute_router.gemm.prefill_mainloop import Pieces, PrefillMainloop, Shared, Start, Tiles
 from cute_router.gemm.ptx import (
     arrive_at_peer,
     arrive_relaxed_at_peer,
@@ -100,20 +100,13 @@ class Exchange(ABC):
 class LogitExchange(Exchange):
     """Rows of logits."""
 
-    def layout(self) -> cute.Layout:
-        """Logits as an owner keeps them, (expert, owned token, K part)."""
-        c = self.cfg
-        return cute.make_layout((c.pitch, c.rows, c.split_k))
-
     def send(self, s: Shared, tiles: Tiles, turn: Int32, pieces: Pieces) -> None:
         """Send sums to the owners of their tokens."""
-        for piece in range(pieces.count):
+        for piece in range(pieces.number):
             self.send_piece(s, tiles, *pieces.load(piece))
 
     @cute.jit
-    def send_piece(
-        self, s: Shared, tiles: Tiles, rAcc: cute.Tensor, at: list[tuple[Int32, Int32]]
-    ) -> None:
+    def send_piece(self, s: Shared, tiles: Tiles, rAcc: cute.Tensor, at: list[Start]) -> None:
         """Send a piece of them, run by run."""
         c = self.cfg
         owners = [at[row][0] // c.owned for row in range(self.rows)]
@@ -128,13 +121,15 @@ class LogitExchange(Exchange):
                 else:
                     self.store_async(s, owners, slots, rAcc, at, runs)
 
-    def slot(self, s: Shared, tiles: Tiles, start: tuple[Int32, Int32]) -> cute.Pointer:
+    def slot(self, s: Shared, tiles: Tiles, start: Start) -> cute.Pointer:
         """Where the owner of a run keeps it."""
         c, (token, expert) = self.cfg, start
         crd = (tiles.e_part * c.tile_experts + expert, token % c.owned, tiles.k_part)
-        return s.sLogits.iterator + cute.assume(cute.crd2idx(crd, self.layout()), divby=self.vector)
+        return s.sLogits.iterator + cute.assume(
+            cute.crd2idx(crd, s.sLogits.layout), divby=self.vector
+        )
 
-    def store(self, slot: cute.Pointer, rAcc: cute.Tensor, at: list[tuple[Int32, Int32]], runs: range) -> None:
+    def store(self, slot: cute.Pointer, rAcc: cute.Tensor, at: list[Start], runs: range) -> None:
         """A token's sums to this CTA's own memory; its first run to `slot`."""
         v = self.vector
         for i in runs:
@@ -150,7 +145,7 @@ class LogitExchange(Exchange):
         owners: list[Int32],
         slots: list[cute.Pointer],
         rAcc: cute.Tensor,
-        at: list[tuple[Int32, Int32]],
+        at: list[Start],
         runs: range,
     ) -> None:
         """Sums to the owners of their tokens; the first run of each token to its slot there."""

@@ -199,7 +199,7 @@ class PrefillKernel:
         c = self.cfg
         if c.shortlists:
             return None
-        logits = self.exchange.layout()
+        logits = cute.make_layout(c.logits)
         if not c.overlay:
             return smem.allocate_tensor(Float32, logits, 16)
         excess = cute.cosize(logits) * 4 - c.stages * c.tile_bytes

@@ -94,9 +94,7 @@ class ListExchange(Exchange):
             rWords[i] = word
         cute.make_tensor(slot, cute.make_layout(len(words))).store(rWords.load())
 
-    def store_async(
-        self, s: Shared, slot: cute.Pointer, owner: Int32, words: list[Int32]
-    ) -> None:
+    def store_async(self, s: Shared, slot: cute.Pointer, owner: Int32, words: list[Int32]) -> None:
         """Store them to their owner's."""
         address, barrier = at_peer(slot, owner), at_peer(s.part, owner)
         for i in range(0, len(words), PAIR):

@@ -45,13 +45,15 @@ class Tiles(NamedTuple):
     tokens: Int32  # of all tiles
 
 
+Start = tuple[Int32, Int32]  # (token, expert) of the first sum of a run, within a CTA's tile
+
+
 class Pieces(NamedTuple):
     """The sums of a thread, in registers or to be read."""
 
-    count: int
-    # A piece, and (token, expert) of the first sum of each of its runs of `vector` experts, within
-    # the CTA's tile; a thread's tokens take turns with every run.
-    load: Callable[[int], tuple[cute.Tensor, list[tuple[Int32, Int32]]]]
+    number: int
+    # A piece, and where its runs of `vector` experts start; a thread's tokens take turns with them.
+    load: Callable[[int], tuple[cute.Tensor, list[Start]]]
 
 
 class Sink(Protocol):

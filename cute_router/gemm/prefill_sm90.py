@@ -14,7 +14,7 @@ from cutlass.cute.nvgpu import warpgroup
 
 from cute_router.gemm.config import TILE_K
 from cute_router.gemm.prefill_config import WARPGROUP, PrefillConfig
-from cute_router.gemm.prefill_mainloop import Pieces, PrefillMainloop, Shared, Sink, Tiles
+from cute_router.gemm.prefill_mainloop import Pieces, PrefillMainloop, Shared, Sink, Start, Tiles
 from cute_router.gemm.prefill_sums import SplitSums, WholeSums
 from cute_router.gemm.wgmma import WgmmaOperands
 from cute_router.topk.ptx import opaque
@@ -68,7 +68,7 @@ class PrefillSm90(WgmmaOperands, PrefillMainloop):
         sink.open(s, turn, tid)
         sink.send(s, tiles, turn, Pieces(1, lambda _: (rSum, at)))
 
-    def pair(self, rSum: cute.Tensor, coords: cute.Tensor) -> tuple[cute.Tensor, list[tuple[Int32, Int32]]]:
+    def pair(self, rSum: cute.Tensor, coords: cute.Tensor) -> tuple[cute.Tensor, list[Start]]:
         """Runs of 4 experts, by a trade with the neighbouring lane, and where they start.
 
         A store of a warp then has 64 bytes of each of its rows, not 32: to peers it takes two

@@ -47,7 +47,6 @@ class Cut(NamedTuple):
     minus_t: Float32  # -T, never -0: then x - T is not below 0 where x = T = 0, of any sign
     count: Int32  # entries that are left; 0 if they do not fit the list
     ahead: Int32  # those of them that are in lanes before this one
-    raised: Boolean  # whether T is a greater one of the maxima than the k-th
 
 
 class Sieve(Layout):
@@ -152,8 +151,7 @@ class Sieve(Layout):
                 fits = fits and t > -Float32.inf
             searching = cute.arch.vote_any_sync(count > self.capacity and place > 0)
             place = cutlass.max(place - Int32(count > self.capacity), 0)
-        count = Int32(cutlass.select_(fits, count, Int32(0)))
-        return Cut(minus_t, count, ahead, place < self.top_k - 1)
+        return Cut(minus_t, Int32(cutlass.select_(fits, count, Int32(0))), ahead)
 
     def mark(self, rScores: cute.Tensor, minus_t: Float32, rMarks: cute.Tensor) -> None:
         """Mark the entries of this lane that are not below T, NaN among them, each by a bit."""
