@@ -45,11 +45,11 @@ class PrefillConfig:
     stages:      K blocks that shared memory holds, a ring.
     clusters:    of a launch, at most; they take the token tiles in turns.
     lanes:       of a warp, that choose for one token; 32 unless `by_threshold`.
-    shortlists:  whether CTAs exchange only the experts that may be among the best of a token
-                 (`epilogue.shortlist`), and not all logits.
     overlay:     whether logits take the place of the ring, which then has more stages, but no loads
                  for the next tile under way while experts are chosen (sm_90 only: on sm_100 the
                  next tile is multiplied meanwhile).
+    shortlists:  whether CTAs exchange only the experts that may be among the best of a token
+                 (`epilogue.shortlist`), and not all logits.
     pdl:         whether the launch may overlap the kernel ahead of it.
     extras:      what calls have beside the defaults.
     """
@@ -62,8 +62,8 @@ class PrefillConfig:
     stages: int = 4
     clusters: int = 66
     lanes: int = 8
-    shortlists: bool = False
     overlay: bool = False
+    shortlists: bool = False
     pdl: bool = True
     extras: ExtrasSpec = PLAIN
 
