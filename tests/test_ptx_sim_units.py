@@ -7,7 +7,7 @@ from ptx_sim import tensor
 from ptx_sim.engine import policy_of
 from ptx_sim.errors import Deadlock, Misuse, OutOfBounds
 from ptx_sim.machine import Machine
-from ptx_sim.memory import SHARED_BASE, GlobalMemory, Shared, Tmem
+from ptx_sim.memory import POISON, SHARED_BASE, GlobalMemory, Shared, Tmem
 from ptx_sim.program import load
 from ptx_sim.tensor import TensorMap
 
@@ -290,7 +290,7 @@ def test_copies_have_landed_when_they_were_waited_for(policy):
 
 
 def test_lazy_copies_land_no_earlier():
-    assert (run(COPY.format(pending=1), policy="lazy") == 0xFFFFFFFF).all()
+    assert (run(COPY.format(pending=1), policy="lazy") == POISON).all()
 
 
 def test_a_deadlock_names_the_barrier():

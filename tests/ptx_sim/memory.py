@@ -15,7 +15,7 @@ from ptx_sim.proxies import Proxies
 SHARED_BASE = 1024
 WINDOW = 24  # bits of an address within a CTA's shared memory
 ARRAY = 40  # bits of an address within a global array
-POISON = 0xFF  # four of these bytes are a NaN
+POISON = 0x7FFD7FFD  # a NaN, two of half the size, and as an index one of nothing
 
 
 class Region:
@@ -96,7 +96,7 @@ class Shared(Region):
     """The shared memory of a CTA, poisoned."""
 
     def __init__(self, rank: int, size: int):
-        words = np.full(-(-size // 16) * 16, POISON, np.uint8).view(np.uint32)
+        words = np.full(-(-size // 16) * 4, POISON, np.uint32)
         super().__init__(f"shared memory of CTA {rank}", (rank << WINDOW) + SHARED_BASE, words)
         self.proxies = Proxies(self.name, words.size)
 
