@@ -41,6 +41,7 @@ CASES = [
     Case("the most chosen, padded rows", 256, 512, 5, top_k=32, renormalize=False, padding=8),
     Case("several token tiles", 256, 512, 65),
     Case("one tuned shape", 256, 4096, 1),
+    Case("short lists", 300, 72, 4500, top_k=8),
 ]
 
 SIZES = [

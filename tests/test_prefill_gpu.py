@@ -16,6 +16,7 @@ from oracle import assert_routing
 from cute_router import Routing, dense_decode, dense_prefill, route
 from cute_router.arch import target_for
 from cute_router.crossover import decode_tokens
+from cute_router.prefill_heuristics import prefill_config, token_bucket
 
 pytestmark = pytest.mark.gpu
 
@@ -39,6 +40,11 @@ SIZES = [
     Case("twice the experts", 512, 6144, 2000, top_k=8, scoring="sigmoid"),
     Case("DeepSeek-V3", 256, 7168, 5000, 8, "sigmoid", True, 8, 4, factor=2.5),
     Case("softmax", 384, 7168, 1000, 8, "softmax", False),
+]
+LISTED = [  # by short lists, from about 4,100 tokens on
+    Case("short lists, E split", 300, 264, 5000, top_k=8, padding=8),
+    Case("short lists, no bias", 256, 512, 6000, scoring="sigmoid", has_bias=False),
+    Case("short lists, all E in a CTA", 160, 264, 17000, top_k=1),
 ]
 OPTIONS = [
     Case("options", 256, 512, 300, 6, scoring, renormalize, n_group, topk_group, has_bias)
@@ -87,7 +93,7 @@ def assert_same_bits(actual: Routing, wanted: Routing) -> None:
     assert torch.equal(actual.weights.view(torch.int32), wanted.weights.view(torch.int32))
 
 
-@pytest.mark.parametrize("case", SIZES + OPTIONS, ids=ids)
+@pytest.mark.parametrize("case", SIZES + LISTED + OPTIONS, ids=ids)
 def test_routes_as_the_oracle_does_and_gives_the_same_bits_again(case):
     inputs = draw(case, "cuda")
     first = run(case, inputs)
@@ -98,7 +104,7 @@ def test_routes_as_the_oracle_does_and_gives_the_same_bits_again(case):
 
 
 @pytest.mark.parametrize("integer", [False, True], ids=["real", "tied"])
-@pytest.mark.parametrize("case", [*SIZES[2:4], SIZES[9], *OPTIONS], ids=ids)
+@pytest.mark.parametrize("case", [*SIZES[2:4], SIZES[9], *LISTED, *OPTIONS], ids=ids)
 def test_routes_rows_of_every_kind_as_the_oracle_does(case, integer):
     inputs = draw(case, "cuda", kinds=["ties"] if integer else list(ROWS), integer=integer)
     assert_routing(run(case, inputs), *inputs, **case.options)
@@ -144,6 +150,18 @@ def test_routes_random_hostile_cases_as_the_oracle_does(case):
             assert_routing(call(dense_prefill, case, inputs), *inputs, **case.options)
         except AssertionError as error:
             raise AssertionError(f"seed {seed}: {error}") from error
+
+
+@pytest.mark.parametrize("case", LISTED, ids=ids)
+def test_routes_many_hostile_tokens_as_the_oracle_does(case):
+    for seed in range(FUZZ_SEEDS // 4):
+        inputs = draw_hostile(case, "cuda", seed)
+        assert_routing(run(case, inputs), *inputs, **case.options)
+
+
+@pytest.mark.parametrize("case", [*LISTED, *SIZES[3:4]], ids=ids)
+def test_these_cases_are_routed_by_short_lists(case):
+    assert prefill_config(case.spec, token_bucket(case.N), target_for(0)[1]).shortlists
 
 
 def test_a_call_is_one_kernel_and_nothing_else():

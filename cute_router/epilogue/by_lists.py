@@ -32,43 +32,58 @@ class ByLists:
         self.share = LIST // self.lanes  # entries of a list that a lane looks at
         self.places = LIST * config.split_e  # entries of a token's lists
         self.slots = -(-config.spec.top_k // self.lanes)  # places of the result that a lane has
+        self.at_once = config.epilogue_threads // self.lanes  # tokens that all warps look at
+        self.batch = min(2, -(-config.owned // self.at_once))  # of those, that a lane looks at
 
     @cute.jit
     def choose(self, s: Shared, sBias: Any, first_token: Int32, count: Int32, out: Outputs) -> None:
         """Route `count` owned tokens from `first_token` on; every warp takes some."""
-        c, tokens = self.cfg, WARP // self.lanes
         # What follows from a known lane would be kept in registers through the product.
-        first, lane = opaque(cute.arch.warp_idx()) * tokens, opaque(cute.arch.lane_idx())
+        lane, tokens = opaque(cute.arch.lane_idx()), WARP // self.lanes
+        first = opaque(cute.arch.warp_idx()) * tokens
         while first < count:
-            row = first + lane // self.lanes
-            there = row < count  # lanes past the last token do what its own do, and store nothing
-            row = cutlass.min(row, count - 1)
-            self.route(s.sShort, sBias, first_token, row, there, lane % self.lanes, out)
-            first = first + c.epilogue_threads // WARP * tokens
+            rows = [first + lane // self.lanes + i * self.at_once for i in range(self.batch)]
+            self.route(s.sShort, sBias, first_token, count, rows, lane % self.lanes, out)
+            first = first + self.batch * self.at_once
 
     @cute.jit
     def route(
-        self, sShort: cute.Tensor, sBias: Any, first_token: Int32, row: Int32, there, lane, out
+        self,
+        sShort: cute.Tensor,
+        sBias: Any,
+        first_token: Int32,
+        count: Int32,
+        rows: list[Int32],
+        lane: Int32,
+        out: Outputs,
     ) -> None:
-        """Route a warp's tokens, of which each is `row` to its lanes."""
+        """Route tokens, whose rounds hide each other's latency. Lanes past the last one do what its
+        own do, and store nothing."""
         spec, lanes = self.cfg.spec, self.lanes
-        token = first_token + row
-        real = is_token(out, token)
-        rKeys, names = self.entries(sShort, sBias, row, lane)
-        rNames = cute.make_rmem_tensor(self.slots, Uint32)
+        theirs = [cutlass.min(row, count - 1) for row in rows]
+        real = [is_token(out, first_token + row) for row in theirs]
+        entries = [self.entries(sShort, sBias, row, lane) for row in theirs]
+        rNames = cute.make_rmem_tensor((self.slots, len(rows)), Uint32)
         rNames.fill(0)
         for place in cutlass.range(spec.top_k, unroll=1):
-            best = take_best_of(rKeys, names, lanes)
-            for slot in cutlass.range_constexpr(self.slots):
-                mine = lane + slot * lanes == place
-                rNames[slot] = cutlass.select_(mine, best, rNames[slot])
-        rChosen = cute.make_rmem_tensor(self.slots, Float32)
-        for slot in cutlass.range_constexpr(self.slots):
+            for i in cutlass.range_constexpr(len(rows)):
+                best = take_best_of(*entries[i], lanes)
+                for slot in cutlass.range_constexpr(self.slots):
+                    mine = lane + slot * lanes == place
+                    rNames[slot, i] = cutlass.select_(mine, best, rNames[slot, i])
+        for i in cutlass.range_constexpr(len(rows)):
+            experts, rActs = self.named(rNames[None, i], sShort[None, None, theirs[i]])
+            there = rows[i] < count
+            token = first_token + theirs[i]
+            put_choice(experts, rActs, spec, out, token, lane, lanes, there, real[i])
+
+    def named(self, rNames: cute.Tensor, sLists: cute.Tensor) -> tuple[list[Int32], cute.Tensor]:
+        """Experts, and their activations, by their names in a token's lists."""
+        rActs = cute.make_rmem_tensor(self.slots, Float32)
+        for slot in range(self.slots):
             place = rNames[slot] % self.places
-            at = 2 * Int32(place % LIST), Int32(place // LIST), row
-            rChosen[slot] = sShort[at].bitcast(Float32)
-        chosen = [Int32(rNames[slot] // self.places) for slot in range(self.slots)]
-        put_choice(chosen, rChosen, spec, out, token, lane, lanes, there, real)
+            rActs[slot] = sLists[2 * Int32(place % LIST), Int32(place // LIST)].bitcast(Float32)
+        return [Int32(rNames[slot] // self.places) for slot in range(self.slots)], rActs
 
     def entries(
         self, sShort: cute.Tensor, sBias: Any, row: Int32, lane: Int32
