@@ -44,7 +44,7 @@ SIZES = [
 LISTED = [  # by short lists, from about 4,100 tokens on
     Case("short lists, E split", 300, 264, 5000, top_k=8, padding=8),
     Case("short lists, no bias", 256, 512, 6000, scoring="sigmoid", has_bias=False),
-    Case("short lists, all E in a CTA", 160, 264, 17000, top_k=1),
+    Case("short lists, several tiles for a cluster", 160, 264, 17000, top_k=1),
 ]
 OPTIONS = [
     Case("options", 256, 512, 300, 6, scoring, renormalize, n_group, topk_group, has_bias)
