@@ -26,7 +26,7 @@ from cute_router.topk.config import WARP, fitted
 
 SMS = 132
 LISTS = (True, False)  # (shortlists, overlay)
-FORMS = ((False, False), (False, True), LISTS)
+FORMS = ((False, True), (False, False), LISTS)
 MAX_STAGES = 8
 LIST_LANES = 4  # for each token's short lists
 MAX_ENTRIES = 96  # logits that a lane holds in registers
