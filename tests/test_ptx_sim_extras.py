@@ -21,6 +21,7 @@ from cute_router.gemm.config import DecodeConfig
 from cute_router.gemm.config import can_implement as can_implement_decode
 from cute_router.gemm.prefill_config import PrefillConfig
 from cute_router.gemm.prefill_config import can_implement as can_implement_prefill
+from cute_router.prefill_heuristics import with_extras
 from cute_router.spec import HIDDEN_MULTIPLE, MAX_EXPERTS, RouterSpec
 from cute_router.topk.config import GateConfig
 from cute_router.topk.hash_config import HashConfig, HashGateConfig, HashLogitsConfig
@@ -105,6 +106,8 @@ PREFILL = [
     (PrefillConfig(RouterSpec(300, 200, 8, "softmax"), "sm_90a", 64, 2, 2, 2, lanes=32), 65),
     (PrefillConfig(RouterSpec(300, 264), "sm_100a", 128, 2, 2, 2, 1), 150),
     (PrefillConfig(RouterSpec(256, 72, 8, "softmax", **V3), "sm_100a", 128, lanes=32), 33),
+    (PrefillConfig(RouterSpec(300, 72), "sm_90a", 128, 2, 1, 2, 1, 4, shortlists=True), 150),
+    (PrefillConfig(RouterSpec(100, 72), "sm_100a", 128, 1, 1, 2, 1, 4, shortlists=True), 150),
 ]
 
 
@@ -112,7 +115,7 @@ PREFILL = [
 def test_prefill(config, N, kind):
     spec = config.spec
     extras = draw_extras(kind, N, spec.num_experts)
-    config = replace(config, extras=extras.spec)
+    config = with_extras(config, extras.spec)
     can_implement_prefill(config)
     x, W, bias = exact_inputs(spec, N, ties=True)
     x = with_nan_padding(x, extras)

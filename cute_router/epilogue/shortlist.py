@@ -26,11 +26,12 @@ from cute_router.epilogue.scoring import FLUSHED, ROUGH, activate_all, rough, wi
 from cute_router.spec import RouterSpec
 from cute_router.topk.config import LIST, WARP
 from cute_router.topk.key import REMOVED, key
-from cute_router.topk.network import NUMBERS, larger, smaller, sort
+from cute_router.topk.network import NUMBERS, larger, merge, smaller, sort
 from cute_router.topk.ptx import push_marked
 from cute_router.topk.rounds import chosen_value, take_best
 from cute_router.topk.sieve import BITS, Sieve
 from cute_router.topk.staging import VECTOR_BYTES
+from cute_router.topk.warp_sort import other_lanes
 
 NOBODY = -1  # the expert of an entry that a list does not have
 MIN_T = FLUSHED * 2.0**30  # half a step of such numbers is more than what may be 0 to `rough`
@@ -60,9 +61,7 @@ class Entries(NamedTuple):
     rExperts: cute.Tensor  # NOBODY behind the end of the list
 
 
-Halves = tuple[
-    list[Float32], list[Float32]
-]  # what is known of one half of the lanes, and the other
+Halves = tuple[list[Float32], list[Float32]]  # of one half of the lanes, and of the other
 
 
 class Shortlist:
@@ -282,25 +281,8 @@ def halves_of(values: list[Float32], lanes: int, width: int) -> Halves:
     if lanes == 1:
         return values, []
     for bit in range(lanes.bit_length() - 2):
-        values = merge(values, other_lanes(values, 1 << bit))[:width]
-    return values, other_lanes(values, lanes // 2)
-
-
-def other_lanes(values: list[Float32], mask: int) -> list[Float32]:
-    """The values of the lane whose number differs in the bits of `mask`."""
-    return [cute.arch.shuffle_sync_bfly(value, offset=mask) for value in values]
-
-
-def merge(ours: list[Float32], theirs: list[Float32]) -> list[Float32]:
-    """Two sorted lists of 2^n as one, by a bitonic network."""
-    values, apart = ours + theirs[::-1], len(ours)
-    while apart:
-        for i in range(len(values)):
-            if i & apart == 0:
-                a, b = values[i], values[i + apart]
-                values[i], values[i + apart] = larger(a, b), smaller(a, b)
-        apart //= 2
-    return values
+        values = merge(values, [other_lanes(value, 1 << bit) for value in values], NUMBERS)[:width]
+    return values, [other_lanes(value, lanes // 2) for value in values]
 
 
 def kth_of_two(halves: Halves, k: int) -> Float32:

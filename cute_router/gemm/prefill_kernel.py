@@ -127,7 +127,7 @@ class PrefillKernel:
         c = self.cfg
         tid = cute.arch.thread_idx()[0]
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        tiles = self.locate(cute.size(mIds, mode=[0]))
+        tiles = self.locate(Outputs(mWeights, mIds, factor, extra))
         s = self.allocate(SmemAllocator(), layout_x, layout_w)
         loads = self.mainloop.partition(((atom_x, tX), (atom_w, tW)), s.sX, s.sW, tiles)
         if warp == self.load_warp:
@@ -143,7 +143,7 @@ class PrefillKernel:
         if warp < self.load_warp:
             if cutlass.const_expr(not c.blackwell):
                 cute.arch.setmaxregister_increase(EPILOGUE_REGISTERS)
-            self.epilogue(s, tiles, tid, mBias, Outputs(mWeights, mIds, factor, extra))
+            self.epilogue(s, tiles, tid, mBias)
         else:
             if cutlass.const_expr(not c.blackwell):
                 cute.arch.setmaxregister_decrease(LOAD_REGISTERS)
@@ -152,10 +152,10 @@ class PrefillKernel:
             elif cutlass.const_expr(c.blackwell):
                 self.mainloop.issue(s, tiles, self.mma_warp)
 
-    def locate(self, N: Int32) -> Tiles:
+    def locate(self, out: Outputs) -> Tiles:
         """This CTA's tiles and its share of them."""
         c = self.cfg
-        tiles, clusters = self.grid(N)
+        tiles, clusters = self.grid(cute.size(out.mIds, mode=[0]))
         cluster = cute.arch.block_idx()[0] // c.cluster
         rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
         return Tiles(
@@ -165,7 +165,7 @@ class PrefillKernel:
             first=cluster,
             step=clusters,
             count=(tiles - cluster + clusters - 1) // clusters,
-            tokens=N,
+            out=out,
         )
 
     def allocate(self, smem: SmemAllocator, layout_x, layout_w) -> Shared:
@@ -269,11 +269,11 @@ class PrefillKernel:
                 cute.arch.fence_proxy("async.shared", space="cta")
 
     @cute.jit
-    def epilogue(self, s: Shared, tiles: Tiles, tid: Int32, mBias: Any, out: Outputs) -> None:
+    def epilogue(self, s: Shared, tiles: Tiles, tid: Int32, mBias: Any) -> None:
         """From products to stored weights and ids, tile by tile."""
         c = self.cfg
         if cutlass.const_expr(c.extras.second_bias):
-            put_biases(s.sBias, mBias, out.extra, c.spec.num_experts, tid, c.epilogue_threads)
+            put_biases(s.sBias, mBias, tiles.out.extra, c.spec.num_experts, tid, c.epilogue_threads)
         elif cutlass.const_expr(mBias is not None):
             expert = tid
             while expert < c.spec.num_experts:
@@ -283,13 +283,13 @@ class PrefillKernel:
         self.meet.arrive_and_wait()
         self.mainloop.enter(s)
         for turn in cutlass.range(tiles.count):
-            self.tile(s, tiles, turn, tid, out)
+            self.tile(s, tiles, turn, tid)
         self.mainloop.leave()
 
     @cute.jit
-    def tile(self, s: Shared, tiles: Tiles, turn: Int32, tid: Int32, out: Outputs) -> None:
+    def tile(self, s: Shared, tiles: Tiles, turn: Int32, tid: Int32) -> None:
         """One token tile."""
-        c = self.cfg
+        c, out = self.cfg, tiles.out
         last = turn + 1 == tiles.count
         self.exchange.expect(s, tiles, tid)
         if cutlass.const_expr(self.all_multiply) or tid < c.mma_threads:

@@ -7,9 +7,10 @@ Threads that hold sums of a token make its list (`epilogue.shortlist`), and each
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Boolean, Float32, Int32
 from cutlass.pipeline import NamedBarrier
 
+from cute_router.epilogue.outputs import is_token
 from cute_router.epilogue.shortlist import Entries, Row, Shortlist
 from cute_router.gemm.prefill_config import PrefillConfig
 from cute_router.gemm.prefill_exchange import Exchange
@@ -27,9 +28,15 @@ class ListExchange(Exchange):
 
     def __init__(self, config: PrefillConfig, mainloop: PrefillMainloop, meet: NamedBarrier):
         super().__init__(config, mainloop, meet)
-        c, pieces = config, mainloop.pieces
-        place = c.sum_lanes, self.vector, pieces, c.padded > c.spec.num_experts
-        self.shortlist = Shortlist(c.spec, c.tile_experts, *place)
+        c = config
+        self.shortlist = Shortlist(
+            c.spec,
+            c.tile_experts,
+            c.sum_lanes,
+            run=self.vector,
+            pieces=mainloop.pieces,
+            ragged=c.padded > c.spec.num_experts,
+        )
 
     @cute.jit
     def send(self, s: Shared, tiles: Tiles, turn: Int32, pieces: Pieces) -> None:
@@ -38,12 +45,13 @@ class ListExchange(Exchange):
         # What follows from a known lane would be kept in registers through the product.
         lane, warp = opaque(cute.arch.lane_idx()) % c.sum_lanes, opaque(cute.arch.warp_idx())
         sDrafts = s.sDrafts[None, None, warp]
-        end = tiles.tokens - (tiles.first + turn * tiles.step) * c.tile_tokens  # of the tile
+        tile = (tiles.first + turn * tiles.step) * c.tile_tokens
         sBias = s.sBias if cutlass.const_expr(c.spec.has_bias) else None
         token, expert = pieces.load(0)[1][0]
         first = tiles.e_part * c.tile_experts + expert
         if cutlass.const_expr(self.rows == 1):
-            row = Row(lambda piece: pieces.load(piece)[0], first, lane, token < end)
+            wanted = self.wanted(tiles, tile + token)
+            row = Row(lambda piece: pieces.load(piece)[0], first, lane, wanted)
             self.send_share(s, tiles, token, lane, self.shortlist.find(row, sBias, sDrafts))
         else:
             # A loop at run time: once the code is as much as the instruction cache likes.
@@ -51,9 +59,19 @@ class ListExchange(Exchange):
             rLogits = self.tokens(rSums, 0)
             for i in cutlass.range(self.rows, unroll=1):
                 token_i = token + i * ROWS_APART
-                row = Row(lambda _: rLogits, first, lane, token_i < end)
+                wanted = self.wanted(tiles, tile + token_i)
+                row = Row(lambda _: rLogits, first, lane, wanted)
                 self.send_share(s, tiles, token_i, lane, self.shortlist.find(row, sBias, sDrafts))
                 rLogits.store(self.tokens(rSums, 1).load())
+
+    @cute.jit
+    def wanted(self, tiles: Tiles, row: Int32) -> Boolean:
+        """Whether a row of x is a token."""
+        N = cute.size(tiles.out.mIds, mode=[0])
+        wanted = row < N
+        if cutlass.const_expr(tiles.out.masks()):
+            wanted = wanted and is_token(tiles.out, cutlass.min(row, N - 1))
+        return wanted
 
     def tokens(self, rSums: cute.Tensor, i: int) -> cute.Tensor:
         """(ENTRY) the sums of one of a thread's tokens."""

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import cutlass.cute as cute
 from cutlass import Int32
 
+from cute_router.epilogue.outputs import Outputs
 from cute_router.gemm.prefill_config import PrefillConfig
 
 
@@ -42,7 +43,7 @@ class Tiles(NamedTuple):
     first: Int32  # the first tile
     step: Int32  # from one tile to the next
     count: Int32  # tiles, at least one
-    tokens: Int32  # of all tiles
+    out: Outputs  # what becomes of them, and which rows are tokens
 
 
 Start = tuple[Int32, Int32]  # (token, expert) of the first sum of a run, within a CTA's tile

@@ -1,6 +1,7 @@
 """Sorting networks over values in a thread's registers: no branch, no index of run time.
 
-    sort   a list, best first (Batcher's odd-even merge sort)
+    sort    a list, best first (Batcher's odd-even merge sort)
+    merge   two sorted lists, best first (a bitonic merge)
 
 Lists are Python lists of Uint32 or Float32, worked on while the kernel is traced. What is never
 looked at of a sorted list costs nothing: the compiler drops it.
@@ -56,6 +57,19 @@ def sort(values: list[Any], order: Order) -> list[Any]:
     values, (most, least) = list(values), order
     for i, j in _odd_even_pairs(len(values)):
         values[i], values[j] = most(values[i], values[j]), least(values[i], values[j])
+    return values
+
+
+def merge(ours: list[Any], theirs: list[Any], order: Order) -> list[Any]:
+    """Two sorted lists, of one length, a power of two, as one."""
+    values, (most, least) = ours + theirs[::-1], order
+    apart = len(ours)
+    while apart:
+        for i in range(len(values)):
+            if i & apart == 0:
+                j = i + apart
+                values[i], values[j] = most(values[i], values[j]), least(values[i], values[j])
+        apart //= 2
     return values
 
 
