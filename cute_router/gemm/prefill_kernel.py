@@ -2,13 +2,13 @@
 
     tokens N -> MMA-M   experts E -> MMA-N
     cluster of split_e x split_k CTAs: the experts and the K slices of one token tile. Each of them
-    owns some of the tile's tokens and gets all their logits. Clusters take tiles in turns. Logits
-    never leave the cluster.
+    owns some of the tile's tokens, and gets all their logits, or short lists of the experts that
+    matter (`epilogue.shortlist`). Clusters take tiles in turns. Logits never leave the cluster.
 
     warp        role      work
     0..7 (3)    epilogue  bias; for each tile
-                          [sm_90: WGMMA, a warpgroup for 64 tokens]; accumulators -> the owners'
-                          rows of logits (trigger dependents) -> choice -> store
+                          [sm_90: WGMMA, a warpgroup for 64 tokens]; accumulators -> logits or
+                          lists of the owners (trigger dependents) -> choice -> store
     next        load      barriers; TMA some W, wait for the kernel ahead, TMA x and W; a ring
                           [sm_90: of a warpgroup that trades registers; its other warps leave]
     last        mma       [sm_100 only] TMEM, tcgen05.mma
@@ -18,7 +18,7 @@
     free[s]     mma -> load                    warps, or 1 (tcgen05.commit) -
     done[b]     mma -> epilogue (sm_100)       1 (tcgen05.commit)           -
     drained[b]  epilogue -> mma (sm_100)       its warps                    -
-    part        cluster -> owner's epilogue    1                            owned tokens x E
+    part        cluster -> owner's epilogue    1                            owned tokens' part
     room        owners -> cluster's epilogues  CTAs of the cluster          -
 
 A CTA waits for everything that others send it, so that none exits too early and no barrier of the
