@@ -149,7 +149,7 @@ class Shortlist:
                     first, rLogits = row.first + piece * self.piece, load(piece)
                     _, rBounds = self.bounds(rLogits, first, sBias)
                     count = self.draft(rBounds, rLogits, first, minus_t, row.lane, count, sDraft)
-            too_long = count > LIST and place > 1
+            too_long = count > LIST and place > 1 and row.wanted
             searching = cute.arch.vote_any_sync(too_long)
             if searching:
                 place = place - Int32(too_long)
