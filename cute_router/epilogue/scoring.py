@@ -38,8 +38,9 @@ LOG1P = (
 
 # The same of degree 3: 4e-4.
 ROUGH_LOG1P = (0.9996070265769958, -0.4864141345024109, 0.25402501225471497, -0.07434310019016266)
-ROUGH = 2.0**-12  # relative error of `rough`, at most,
-FLUSHED = 2.0**-62  # unless the activation is less than this: it may be 0 then
+# Relative errors of `rough`, at most, unless the activation is less than FLUSHED: it may be 0 then.
+ROUGH = {"sqrtsoftplus": 2.0**-12, "sigmoid": 2.0**-15}
+FLUSHED = 2.0**-62
 
 
 @cute.jit

@@ -121,12 +121,13 @@ class Shortlist:
     ) -> tuple[cute.Tensor, cute.Tensor]:
         """(ENTRY) `low` and `high`, -inf where there is no expert; `first` is that of entry 0."""
         rLow, rHigh = (cute.make_rmem_tensor(self.piece, Float32) for _ in range(2))
+        u = ROUGH[self.spec.scoring]
         for e in range(self.piece):
             expert = first + self.lay.offset(0, e)
             about = rough(rLogits[e], self.spec.scoring)
             bias = Float32(0.0) if sBias is None else sBias[expert]
-            low = cute.math.fma(about, Float32(1 - ROUGH), bias)
-            high = cute.math.fma(about, Float32(1 + ROUGH), bias)
+            low = cute.math.fma(about, Float32(1 - u), bias)
+            high = cute.math.fma(about, Float32(1 + u), bias)
             if self.ragged:
                 there = expert < self.spec.num_experts
                 low, high = (cutlass.select_(there, x, -Float32.inf) for x in (low, high))
