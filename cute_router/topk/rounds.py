@@ -43,7 +43,7 @@ def chosen_value(rValues: cute.Tensor, index: Int32) -> Float32:
 
 @cute.jit
 def take_best_of(rKeys: cute.Tensor, names: list[Uint32], lanes: cutlass.Constexpr) -> Uint32:
-    """The name of the best key of `lanes` lanes, the lowest among equals; its key becomes REMOVED."""
+    """The name of the best key of some lanes, the lowest among equals; its key becomes REMOVED."""
     top = rKeys[0]
     for i in cutlass.range_constexpr(1, cute.size(rKeys)):
         top = greater(top, rKeys[i])
