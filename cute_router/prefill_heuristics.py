@@ -77,8 +77,9 @@ def candidates(
     pdl: bool = True,
 ) -> Iterator[PrefillConfig]:
     """Configurations worth measuring. Three parts of K were never the best."""
+    hopper = arch == "sm_90a"
     for tile_tokens, split_e, split_k, (shortlists, overlay) in product(
-        (128, 64) if arch == "sm_90a" else (128,),
+        (128, 64) if hopper else (128,),
         (1, 2, 3, 4, 8),
         (1, 2, 4, 8),
         FORMS,
@@ -98,7 +99,7 @@ def candidates(
             clusters=max(1, CLUSTERS_AT_ONCE[cluster] * sms // SMS),
             pdl=pdl,
         )
-        if arch == "sm_90a" and split_e > 1 and config.tile_experts > MAX_WHOLE_SUMS:
+        if hopper and split_e > 1 and config.tile_experts > MAX_WHOLE_SUMS:
             continue  # of so many accumulators and E = 1024 some registers are spilled
         config = in_form(config, shortlists, overlay)
         if overlay and in_form(config, shortlists, False).stages == config.stages:

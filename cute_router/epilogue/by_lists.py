@@ -11,7 +11,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32
 
 from cute_router.epilogue.outputs import Outputs, is_token
-from cute_router.epilogue.scoring import with_bias
+from cute_router.epilogue.scoring import score_of
 from cute_router.epilogue.shortlist import NOBODY
 from cute_router.epilogue.weights import put_choice
 from cute_router.gemm.prefill_config import PrefillConfig
@@ -87,7 +87,7 @@ class ByLists:
 
     def entries(
         self, sShort: cute.Tensor, sBias: Any, row: Int32, lane: Int32
-    ) -> tuple[cute.Tensor, list[Int32]]:
+    ) -> tuple[cute.Tensor, list[Uint32]]:
         """(key, name) of this lane's share of all lists of a token.
 
         A name is the expert and where in the lists it is. Of NOBODY it is more than any other, as
@@ -102,9 +102,8 @@ class ByLists:
             source = sShort.iterator.align(VECTOR_BYTES) + cute.assume(start, divby=2 * share)
             rWords.store(cute.make_tensor(source, cute.make_layout(2 * share)).load())
             for i in range(share):
-                score, expert = rWords[2 * i].bitcast(Float32), rWords[2 * i + 1]
-                if sBias is not None:
-                    score = with_bias(score, sBias[cutlass.max(expert, 0)])
+                activation, expert = rWords[2 * i].bitcast(Float32), rWords[2 * i + 1]
+                score = score_of(activation, sBias, cutlass.max(expert, 0))
                 k = cutlass.select_(expert == NOBODY, Uint32(REMOVED), key(score))
                 rKeys[part * share + i] = k
                 names.append(Uint32(expert * self.places + part * LIST + lane * share + i))

@@ -21,7 +21,7 @@ from cute_router.epilogue.row import route_row
 from cute_router.gemm.prefill_config import PrefillConfig
 from cute_router.gemm.prefill_mainloop import Shared
 from cute_router.topk.config import BLOCK, WARP
-from cute_router.topk.ptx import opaque
+from cute_router.topk.ptx import lowest_bit, opaque
 from cute_router.topk.staging import VECTOR_BYTES
 
 BANKS = 32  # of shared memory, words that it gives at once
@@ -53,7 +53,7 @@ class ByRows:
                 put_logits(out, first_token + first, sLogits[None, first, 0], lane, WARP)
                 doubts = Int32(1)
             while doubts != 0:
-                row = first + self.row(cute.arch.popc((doubts & -doubts) - 1) // c.lanes)
+                row = first + self.row(lowest_bit(doubts) // c.lanes)
                 self.route_row(sLogits[None, row, 0], sBias, first_token + row, out)
                 doubts = doubts & (doubts - 1)
             first = first + c.epilogue_threads // WARP * self.tokens

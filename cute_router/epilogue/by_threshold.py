@@ -20,7 +20,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Uint32
 
 from cute_router.epilogue.outputs import Outputs
-from cute_router.epilogue.scoring import activate_all, with_bias
+from cute_router.epilogue.scoring import activate_all, score_of, with_bias
 from cute_router.epilogue.weights import put_choice
 from cute_router.spec import RouterSpec
 from cute_router.topk.config import BLOCK
@@ -85,8 +85,7 @@ class ByThreshold:
         """
 
         def score(expert: Int32) -> Float32:
-            act = sActs[expert]
-            return act if sBias is None else with_bias(act, sBias[expert])
+            return score_of(sActs[expert], sBias, expert)
 
         return self.lay.pick(rScores, score, sList, lane)
 

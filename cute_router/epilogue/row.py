@@ -17,7 +17,7 @@ from cute_router.epilogue.weights import weight
 from cute_router.spec import RouterSpec
 from cute_router.topk.config import WARP
 from cute_router.topk.key import REMOVED, key, number
-from cute_router.topk.rounds import chosen_value, take_best
+from cute_router.topk.rounds import take_all, take_best
 
 
 @cute.jit
@@ -108,12 +108,7 @@ def route_row(
     if cutlass.const_expr(spec.n_group > 1):
         drop_groups(rKeys, sKeys, lane, spec)
 
-    chosen, activation = Int32(0), Float32(0.0)  # lane j keeps the j-th
-    for j in cutlass.range(k):
-        expert = take_best(rKeys, lane)
-        value = chosen_value(rAct, expert)
-        chosen = cutlass.select_(lane == j, expert, chosen)
-        activation = cutlass.select_(lane == j, value, activation)
+    chosen, activation = take_all(rKeys, rAct, k, lane)
     name = physical(out, chosen)
     total = cute.arch.warp_reduction_sum(activation)
     if lane < k:

@@ -7,6 +7,8 @@ log(1 + exp(l)) is 0 below l = -16.6 in fp32, and exp(l) loses bits, then underf
 Here the relative error stays under 1e-6 wherever the result has an fp32 value at all.
 """
 
+from typing import Any
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
@@ -144,6 +146,11 @@ def with_bias(activation: Float32, bias: Float32) -> Float32:
         write_only_types=[Float32],
         read_only_args=[activation, bias],
     )
+
+
+def score_of(activation: Float32, sBias: Any, expert: Int32) -> Float32:
+    """The score of an expert, whose bias is in sBias; None where there are no biases."""
+    return activation if sBias is None else with_bias(activation, sBias[expert])
 
 
 @cute.jit

@@ -22,13 +22,13 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Uint32
 
-from cute_router.epilogue.scoring import FLUSHED, ROUGH, activate_all, rough, with_bias
+from cute_router.epilogue.scoring import FLUSHED, ROUGH, activate_all, rough, score_of
 from cute_router.spec import RouterSpec
 from cute_router.topk.config import LIST, WARP
 from cute_router.topk.key import REMOVED, key
 from cute_router.topk.network import NUMBERS, larger, merge, smaller, sort
-from cute_router.topk.ptx import push_marked
-from cute_router.topk.rounds import chosen_value, take_best
+from cute_router.topk.ptx import lowest_bit, push_marked
+from cute_router.topk.rounds import take_all
 from cute_router.topk.sieve import BITS, Sieve
 from cute_router.topk.staging import VECTOR_BYTES
 from cute_router.topk.warp_sort import other_lanes
@@ -206,8 +206,7 @@ class Shortlist:
                 expert = entries.rExperts[i]
                 score = score_of(entries.rActs[i], sBias, cutlass.max(expert, 0))
                 reach = reach + Int32(expert != NOBODY and score + cut.minus_t >= 0.0)
-            for bit in cutlass.range_constexpr(self.lay.lanes.bit_length() - 1):
-                reach = reach + cute.arch.shuffle_sync_bfly(reach, offset=1 << bit)
+            reach = cute.arch.warp_reduction_sum(reach, threads_in_group=self.lay.lanes)
             doubtful = doubtful or (cut.raised and reach < k)
         return doubtful and row.wanted
 
@@ -224,7 +223,7 @@ class Shortlist:
         sRow = cute.make_tensor(sDrafts.iterator, cute.make_layout(self.lay.length))
         first, start, load = row.lane * self.share, row.lane * self.lay.run, row.load
         while left != 0:
-            token = Int32(cute.arch.popc((left & -left) - 1)) // self.lay.lanes
+            token = Int32(lowest_bit(left)) // self.lay.lanes
             ours = cute.arch.lane_idx() // self.lay.lanes == token
             if cutlass.const_expr(self.pieces == 1):
                 self.put_row(sRow, start, load(0), ours)
@@ -263,18 +262,10 @@ class Shortlist:
             there = expert < E and base + expert < self.spec.num_experts
             score = score_of(rActs[i], sBias, base + cutlass.min(expert, E - 1))
             rKeys[i] = cutlass.select_(there, key(score), Uint32(REMOVED))
-        chosen, activation = Int32(NOBODY), Float32(0.0)
-        for j in cutlass.range(self.spec.top_k, unroll=1):
-            best = take_best(rKeys, lane)
-            value = chosen_value(rActs, best)
-            chosen = cutlass.select_(lane == j, base + best, chosen)
-            activation = cutlass.select_(lane == j, value, activation)
-        return chosen, activation
-
-
-def score_of(activation: Float32, sBias: Any, expert: Int32) -> Float32:
-    """The score of an expert."""
-    return activation if sBias is None else with_bias(activation, sBias[expert])
+        k = self.spec.top_k
+        best, activation = take_all(rKeys, rActs, k, lane, unroll=1)
+        chosen = cutlass.select_(lane < k, base + best, Int32(NOBODY))
+        return Int32(chosen), activation
 
 
 def halves_of(values: list[Float32], lanes: int, width: int) -> Halves:

@@ -140,7 +140,7 @@ class PrefillConfig:
     @property
     def lists(self) -> tuple[int, int, int]:
         """Room for lists of experts (entry, token of a warp, warp)."""
-        if not self.by_threshold:
+        if self.shortlists or not self.by_threshold:
             return 0, 0, 0
         return capacity(self.spec.top_k), WARP // self.lanes, self.epilogue_threads // WARP
 
@@ -157,11 +157,13 @@ class PrefillConfig:
     @property
     def short_lists(self) -> tuple[int, int, int]:
         """Words of the lists that an owner gets (word, part of E, owned token)."""
-        return 2 * LIST, self.split_e, self.rows
+        return (2 * LIST, self.split_e, self.rows) if self.shortlists else (0, 0, 0)
 
     @property
     def drafts(self) -> tuple[int, int, int]:
-        """Words of the drafts of lists (word, token of a warp, warp)."""
+        """Words of the drafts of those (word, token of a warp, warp)."""
+        if not self.shortlists:
+            return 0, 0, 0
         return 2 * LIST, WARP // self.sum_lanes, self.mma_threads // WARP
 
     @property
@@ -240,8 +242,7 @@ class PrefillConfig:
         large = max(ring, logits) if self.overlay else ring + logits
         biases = self.padded * (8 if self.extras.second_bias else 4)
         lists = prod(self.lists) * self.list_bytes
-        if self.shortlists:
-            lists = 4 * (prod(self.short_lists) + prod(self.drafts))
+        lists += 4 * (prod(self.short_lists) + prod(self.drafts))
         barriers = 2 * (self.stages + self.buffers + 1) * 8
         return large + biases + lists + barriers + MISC
 

@@ -68,9 +68,10 @@ class ListExchange(Exchange):
     def wanted(self, tiles: Tiles, row: Int32) -> Boolean:
         """Whether a row of x is a token."""
         N = cute.size(tiles.out.mIds, mode=[0])
+        real = is_token(tiles.out, cutlass.min(row, N - 1))
         wanted = row < N
-        if cutlass.const_expr(tiles.out.masks()):
-            wanted = wanted and is_token(tiles.out, cutlass.min(row, N - 1))
+        if cutlass.const_expr(real is not None):
+            wanted = wanted and real
         return wanted
 
     def tokens(self, rSums: cute.Tensor, i: int) -> cute.Tensor:

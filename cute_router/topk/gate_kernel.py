@@ -27,6 +27,7 @@ from cute_router.epilogue.outputs import (
 )
 from cute_router.epilogue.row import route_row
 from cute_router.topk.config import WARP, GateConfig, dsl_type
+from cute_router.topk.ptx import lowest_bit
 from cute_router.topk.sieve import Sieve
 from cute_router.topk.staging import arrived, read, stage, write
 
@@ -91,7 +92,7 @@ class GateKernel:
             sKeys = smem.allocate_tensor(Uint32, cute.make_layout((self.padded, c.warps)), 16)
             sKeys = sKeys[None, warp]
         while doubts != 0:
-            token = first + cute.arch.popc((doubts & -doubts) - 1) // c.lanes
+            token = first + lowest_bit(doubts) // c.lanes
             route_row(
                 mLogits[token, None],
                 bias_of_row(sBias, out, token),

@@ -27,6 +27,11 @@ def opaque(word: Int32) -> Int32:
     )
 
 
+def lowest_bit(bits: Int32) -> Int32:
+    """The place of the lowest bit that is set, of one at least."""
+    return cute.arch.popc((bits & -bits) - 1)
+
+
 @cute.jit
 def shift_in(bits: Uint32, word: Uint32) -> Uint32:
     """`bits` shifted up by one, to take in the top bit of `word`."""

@@ -33,12 +33,27 @@ def take_best(rKeys: cute.Tensor, lane: Int32) -> Int32:
 
 
 @cute.jit
-def chosen_value(rValues: cute.Tensor, index: Int32) -> Float32:
-    """The value of the warp's entry `index`, in every lane."""
-    value = rValues[0]
-    for i in cutlass.range_constexpr(1, cute.size(rValues)):
-        value = cutlass.select_(index // WARP == i, rValues[i], value)
-    return cute.arch.shuffle_sync(value, index % WARP)
+def take_all(
+    rKeys: cute.Tensor,
+    rValues: cute.Tensor,
+    count: cutlass.Constexpr,
+    lane: Int32,
+    unroll: cutlass.Constexpr = -1,
+) -> tuple[Int32, Float32]:
+    """(index, value) of the j-th best entry in lane j < `count`, (0, 0.0) in others.
+
+    unroll: rounds that the code has one by one; -1 leaves that to the compiler.
+    """
+    chosen, value = Int32(0), Float32(0.0)
+    for j in cutlass.range(count, unroll=unroll):
+        index = take_best(rKeys, lane)
+        found = rValues[0]
+        for i in cutlass.range_constexpr(1, cute.size(rValues)):
+            found = cutlass.select_(index // WARP == i, rValues[i], found)
+        found = cute.arch.shuffle_sync(found, index % WARP)
+        chosen = cutlass.select_(lane == j, index, chosen)
+        value = cutlass.select_(lane == j, found, value)
+    return chosen, value
 
 
 @cute.jit
