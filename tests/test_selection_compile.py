@@ -13,7 +13,7 @@ from ptx_sim import launch_gate, launch_rows
 from test_kernels_compile import build, over, uses_local_memory
 
 from cute_router.spec import MAX_EXPERTS, RouterSpec
-from cute_router.topk.config import BLOCK, GateConfig, RowsConfig, dependent_launch
+from cute_router.topk.config import GateConfig, RowsConfig, dependent_launch
 from cute_router.topk.hash_config import HashConfig, HashGateConfig, HashLogitsConfig
 
 __all__ = ["build"]  # the fixture
@@ -126,7 +126,7 @@ def test_copies_are_asynchronous_where_rows_are_whole_runs(build):
 def test_scores_are_loaded_16_bytes_at_a_time_where_rows_are_whole_runs(build):
     c = build.config
     wide = len(re.findall(r"ld\.global\.v4\.b32", build.ptx))
-    assert wide == (-(-c.length // (c.lanes * BLOCK)) * BLOCK // c.run if c.vector else 0)
+    assert wide == (-(-c.length // (c.lanes * c.run)) if c.vector else 0)
 
 
 @over(ROWS | GATE)

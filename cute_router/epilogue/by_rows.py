@@ -20,7 +20,7 @@ from cute_router.epilogue.outputs import Outputs, bias_of_row, is_token, put_log
 from cute_router.epilogue.row import route_row
 from cute_router.gemm.prefill_config import PrefillConfig
 from cute_router.gemm.prefill_mainloop import Shared
-from cute_router.topk.config import BLOCK, WARP
+from cute_router.topk.config import WARP
 from cute_router.topk.ptx import lowest_bit, opaque
 from cute_router.topk.staging import VECTOR_BYTES
 
@@ -126,8 +126,8 @@ class ByRows:
     def read(self, sRow: cute.Tensor, block: int, lane: Int32) -> cute.Tensor:
         """A lane's entries of a block; zeros past the end of the row."""
         run = self.lay.run
-        rBlock = cute.make_rmem_tensor(BLOCK, Float32)
-        for part in range(BLOCK // run):
+        rBlock = cute.make_rmem_tensor(self.lay.live(block), Float32)
+        for part in range(self.lay.live(block) // run):
             first = self.lay.first(block, part, lane)
             rRun = cute.make_tensor(rBlock.iterator + part * run, cute.make_layout(run))
             self.load_run(sRow, first, rRun, self.lay.whole(block))
@@ -151,7 +151,7 @@ class ByRows:
     ) -> None:
         """The reverse of `read`, which ends with the row."""
         run = self.lay.run
-        for part in cutlass.range_constexpr(BLOCK // run):
+        for part in cutlass.range_constexpr(self.lay.live(block) // run):
             first = self.lay.first(block, part, lane)
             rRun = cute.make_tensor(rBlock.iterator + part * run, cute.make_layout(run))
             if cutlass.const_expr(self.lay.whole(block)) or first < self.cfg.padded:

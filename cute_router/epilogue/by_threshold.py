@@ -52,14 +52,15 @@ class ByThreshold:
         rScores = cute.make_rmem_tensor(self.lay.entries, Float32)
         for first in range(0, self.lay.blocks, self.batch):
             size = min(self.batch, self.lay.blocks - first)
-            rActs = cute.make_rmem_tensor(size * BLOCK, Float32)
-            parts = [part_of(rActs, i) for i in range(size)]
+            sizes = [self.lay.live(first + i) for i in range(size)]
+            rActs = cute.make_rmem_tensor(sum(sizes), Float32)
+            parts = [part_of(rActs, i, sizes[i]) for i in range(size)]
             for i in range(size):
                 parts[i].store(logits(first + i).load().to(Float32))
             rBiases = [None if biases is None else biases(first + i) for i in range(size)]
             activate_all(rActs, self.spec.scoring)
             for i in range(size):
-                rBlock = part_of(rScores, first + i)
+                rBlock = part_of(rScores, first + i, sizes[i])
                 self.score_block(first + i, parts[i], rBiases[i], rBlock, lane)
                 keep(first + i, parts[i])
         return rScores
@@ -69,7 +70,7 @@ class ByThreshold:
     ) -> None:
         """The scores of a lane's block."""
         lay = self.lay
-        for i in range(BLOCK):
+        for i in range(cute.size(rActs)):
             score = rActs[i] if rBias is None else with_bias(rActs[i], rBias[i])
             if not lay.whole(block):
                 expert = lane * lay.run + lay.offset(block, i)
@@ -123,6 +124,6 @@ class ByThreshold:
         put_choice(choice.indices, rActs, self.spec, out, token, lane, lanes, settled, real)
 
 
-def part_of(rEntries: cute.Tensor, block: int) -> cute.Tensor:
+def part_of(rEntries: cute.Tensor, block: int, size: int) -> cute.Tensor:
     """A block of a lane's entries."""
-    return cute.make_tensor(rEntries.iterator + block * BLOCK, cute.make_layout(BLOCK))
+    return cute.make_tensor(rEntries.iterator + block * BLOCK, cute.make_layout(size))

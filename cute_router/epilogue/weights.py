@@ -8,6 +8,7 @@ from cutlass import Boolean, Float32, Int32
 
 from cute_router.epilogue.outputs import Outputs, physical, put_shared, put_slot
 from cute_router.spec import RouterSpec
+from cute_router.topk.config import width
 
 
 @cute.jit
@@ -47,7 +48,7 @@ def put_choice(
     for slot in cutlass.range_constexpr(len(experts)):
         chosen = lane + slot * lanes < spec.top_k
         total = total + cutlass.select_(chosen, rActs[slot], Float32(0.0))
-    total = cute.arch.warp_reduction_sum(total, threads_in_group=lanes)
+    total = cute.arch.warp_reduction_sum(total, threads_in_group=min(lanes, width(spec.top_k)))
     for slot in cutlass.range_constexpr(len(experts)):
         place = lane + slot * lanes
         if settled and place < spec.top_k:

@@ -29,7 +29,7 @@ from cute_router.topk.config import BLOCK, capacity, width
 from cute_router.topk.layout import Layout
 from cute_router.topk.network import NUMBERS, WORDS, larger, sort
 from cute_router.topk.ptx import shift_in
-from cute_router.topk.warp_sort import WarpSort
+from cute_router.topk.warp_sort import WarpSort, other_lanes
 
 BITS = 32  # of a word: entries that are marked in one
 
@@ -63,7 +63,6 @@ class Sieve(Layout):
         self.capacity = capacity(top_k)
         self.span = min(lanes, self.capacity)  # lanes that share the list
         self.share = self.capacity // self.span
-        self.entries = self.blocks * BLOCK  # of a lane
         groups = min(2 * self.share, self.entries)
         self.groups = 1 << (groups.bit_length() - 1)
         self.kept = min(self.share, self.groups)  # maxima of a lane
@@ -83,7 +82,7 @@ class Sieve(Layout):
         `score(index)` is any entry's again; sList: (capacity) of the row, of a type that holds an
         index. Every lane of the warp calls; `lane` counts within the row.
         """
-        maxima = WarpSort(self.lanes, self.width, NUMBERS).greatest(self.maxima(rScores), lane)
+        maxima = WarpSort(self.span, self.width, NUMBERS).greatest(self.maxima(rScores), lane)
         rMarks = cute.make_rmem_tensor(-(-self.entries // BITS), Uint32)
         cut = self.cut(rScores, maxima, rMarks, lane)
         self.list_marked(rMarks, cut, sList, lane)
@@ -109,7 +108,10 @@ class Sieve(Layout):
         return Choice(indices, doubtful | (cut.count < self.top_k))
 
     def maxima(self, rScores: cute.Tensor) -> list[Float32]:
-        """The greatest entries of a lane's groups, best first. A group's are far apart in a row."""
+        """The greatest entries of a lane's groups, best first. A group's are far apart in a row.
+
+        Of lanes that share a list's slot, `span` apart, the groups are one.
+        """
         maxima = []
         for group in range(self.groups):
             tree = [rScores[e] for e in range(group, self.entries, self.groups)]
@@ -118,7 +120,12 @@ class Sieve(Layout):
                 halves = zip(tree[:paired:2], tree[1:paired:2], strict=True)
                 tree = [larger(a, b) for a, b in halves] + tree[paired:]
             maxima += tree
-        return sort(maxima, NUMBERS)[: self.kept]
+        maxima = sort(maxima, NUMBERS)[: self.kept]
+        apart = self.span
+        while apart < self.lanes:
+            maxima = [larger(x, other_lanes(x, apart)) for x in maxima]
+            apart *= 2
+        return maxima
 
     @cute.jit
     def at(self, maxima: list[Float32], place: Int32, lane: Int32) -> Float32:

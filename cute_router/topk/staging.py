@@ -8,7 +8,6 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
 
-from cute_router.topk.config import BLOCK
 from cute_router.topk.layout import Layout
 
 VECTOR_BYTES = 16
@@ -34,7 +33,7 @@ def stage(
     """
     length = cute.size(gRow)
     for block in cutlass.range_constexpr(lay.blocks):
-        for part in cutlass.range_constexpr(BLOCK // lay.run):
+        for part in cutlass.range_constexpr(lay.live(block) // lay.run):
             first = lay.first(block, part, lane)
             if cutlass.const_expr(vector):
                 size = Int32(VECTOR_BYTES)
@@ -58,8 +57,8 @@ def arrived(block: int, lay: Layout, vector: bool) -> None:
 @cute.jit
 def read(sRow: cute.Tensor, lay: Layout, block: cutlass.Constexpr, lane: Int32) -> cute.Tensor:
     """This lane's entries of a block, out of shared memory."""
-    rBlock = cute.make_rmem_tensor(BLOCK, sRow.element_type)
-    for part in cutlass.range_constexpr(BLOCK // lay.run):
+    rBlock = cute.make_rmem_tensor(lay.live(block), sRow.element_type)
+    for part in cutlass.range_constexpr(lay.live(block) // lay.run):
         source = (sRow.iterator + lay.first(block, part, lane)).align(VECTOR_BYTES)
         sRun = cute.make_tensor(source, cute.make_layout(lay.run))
         rRun = cute.make_tensor(rBlock.iterator + part * lay.run, cute.make_layout(lay.run))
@@ -72,7 +71,7 @@ def write(
     rBlock: cute.Tensor, sRow: cute.Tensor, lay: Layout, block: cutlass.Constexpr, lane: Int32
 ) -> None:
     """This lane's entries of a block, of 4 bytes each, to shared memory."""
-    for i in cutlass.range_constexpr(0, BLOCK, VECTOR_BYTES // 4):
+    for i in cutlass.range_constexpr(0, lay.live(block), VECTOR_BYTES // 4):
         target = (sRow.iterator + (lane * lay.run + lay.offset(block, i))).align(VECTOR_BYTES)
         run = cute.make_layout(VECTOR_BYTES // 4)
         cute.make_tensor(target, run).store(cute.make_tensor(rBlock.iterator + i, run).load())
