@@ -3,8 +3,8 @@
 # with an error if one of them finds any. Needs a GPU and takes minutes.
 #
 # PYTHON names the interpreter (default: .venv's, else python3), COMPUTE_SANITIZER the tool. No tool
-# sees every race through the asynchronous proxy or distributed shared memory; for those there is
-# tests/test_decode_stress.py.
+# sees every race through the asynchronous proxy or distributed shared memory; for those there are the
+# simulator (tests/ptx_sim/races.py) and tests/test_decode_stress.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [[ -z ${PYTHON:-} ]]; then

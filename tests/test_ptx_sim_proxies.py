@@ -1,7 +1,8 @@
 """Shared memory that threads write and TMA or MMAs use, without the proxy fence: always found.
 
-No decode kernel does so. Here a word of an operand tile is read and stored back, planted in their
-PTX: no value changes, and the only thing wrong, if anything, is the missing fence.
+No decode kernel does so. Here words of an operand tile are read and stored back, planted in their
+PTX, each by one thread: no value changes, and the only thing wrong, if anything, is the missing
+fence.
 """
 
 import numpy as np
@@ -23,7 +24,10 @@ BOTH = pytest.mark.parametrize("config", [SM100, SM90], ids=["sm_100a", "sm_90a"
 ORDERS = ("eager", "lazy", "random0")
 
 LOAD = "cp.async.bulk.tensor"  # the first is of W, to where shared memory starts: [%r1]
-REWRITE = "{ .reg .b32 w; ld.shared.b32 w, [%r1]; st.shared.b32 [%r1], w; } "
+REWRITE = (
+    "{ .reg .b32 w; .reg .b32 at; mov.u32 at, %tid.x; shl.b32 at, at, 2; add.s32 at, at, %r1;"
+    " ld.shared.b32 w, [at]; st.shared.b32 [at], w; } "
+)
 
 
 def planted(config: DecodeConfig, before: str, text: str) -> str:

@@ -57,6 +57,7 @@ class ByRows:
                 self.route_row(sLogits[None, row, 0], sBias, first_token + row, out)
                 doubts = doubts & (doubts - 1)
             first = first + c.epilogue_threads // WARP * self.tokens
+            cute.arch.sync_warp()  # others write next where lanes have read: the lists
 
     @cute.jit
     def route(

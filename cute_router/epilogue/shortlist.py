@@ -153,6 +153,7 @@ class Shortlist:
             too_long = count > LIST and place > 1 and row.wanted
             searching = cute.arch.vote_any_sync(too_long)
             if searching:
+                cute.arch.sync_warp()  # other lanes will write in the same places
                 place = place - Int32(too_long)
                 for other in cutlass.range_constexpr(1, k):
                     t = cutlass.select_(place == other, kth_of_two(maxima, other), t)
@@ -225,6 +226,7 @@ class Shortlist:
         while left != 0:
             token = Int32(lowest_bit(left)) // self.lay.lanes
             ours = cute.arch.lane_idx() // self.lay.lanes == token
+            cute.arch.sync_warp()  # drafts have been read, or the row before this
             if cutlass.const_expr(self.pieces == 1):
                 self.put_row(sRow, start, load(0), ours)
             else:
@@ -238,7 +240,6 @@ class Shortlist:
                 theirs = cute.arch.shuffle_sync(expert, first + i)
                 entries.rExperts[i] = cutlass.select_(ours, theirs, entries.rExperts[i])
             left = left & (left - 1)
-            cute.arch.sync_warp()  # the row has been read
 
     @cute.jit
     def put_row(self, sRow: cute.Tensor, start: Int32, rLogits: cute.Tensor, ours: Boolean) -> None:

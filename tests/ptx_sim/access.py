@@ -9,6 +9,7 @@ from ptx_sim.errors import Hazard, Misuse, Unsupported
 from ptx_sim.lanes import Lanes
 from ptx_sim.memory import WINDOW, Poll, Region
 from ptx_sim.proxies import STRANGERS
+from ptx_sim.races import Words
 from ptx_sim.tensor import TensorMap
 from ptx_sim.warp import Warp
 
@@ -22,17 +23,24 @@ def load_param(warp: Warp, name: str, offset: int, size: int) -> Lanes:
 
 def load_shared(warp: Warp, line: int, m: Lanes, opcode: str, address: Lanes) -> tuple:
     warp.line = line
-    return loaded(opcode, warp.cta.shared, address, m)
+    found = loaded(opcode, warp.cta.shared, address, m)
+    if m.any():
+        warp.cta.history.reads(warp.access(), shared_words(warp.cta, opcode, address, m))
+    return found
 
 
 def store_shared(warp: Warp, line: int, m: Lanes, opcode: str, address: Lanes, value) -> tuple:
     warp.line = line
-    if m.any() and opcode.endswith((".b8", ".b16")):
-        writers, now = warp.threads, warp.tick()
+    narrow = opcode.endswith((".b8", ".b16"))
+    if not m.any():
+        return ()
+    writers, now = warp.threads, warp.tick()
+    if narrow:
         warp.cta.shared.store_narrow(opcode, address, m, value, writers, now)
-    elif m.any():
-        words = stored(opcode, value)
-        warp.cta.shared.store_generic(address, m, words, warp.threads, warp.tick())
+    else:
+        warp.cta.shared.store_generic(address, m, stored(opcode, value), writers, now)
+    words = shared_words(warp.cta, opcode, address, m)
+    warp.cta.history.writes(warp.access(), words, narrow)
     return ()
 
 
@@ -41,6 +49,7 @@ def store_peer(warp: Warp, line: int, m: Lanes, opcode: str, address: Lanes, val
     for cta, active in peers(warp, address, m):
         words = stored(opcode, value)
         cta.shared.store_generic(address, active, words, STRANGERS, warp.tick())
+        cta.history.writes(warp.access(), shared_words(cta, opcode, address, active))
     return ()
 
 
@@ -136,6 +145,15 @@ def word_count(opcode: str) -> int:
     if size is None:
         raise Unsupported(opcode)
     return size * (int(parts[-2][1]) if parts[-2] in ("v2", "v4") else 1)
+
+
+def shared_words(cta, opcode: str, address: Lanes, m: Lanes) -> Words:
+    """The words of a CTA's shared memory that a load or store touches."""
+    size = int(opcode.rsplit(".", 1)[1][1:]) // 8
+    vector = opcode.split(".")[-2]
+    size *= int(vector[1]) if vector in ("v2", "v4") else 1
+    first = (address - np.uint32(cta.shared.base)) >> np.uint32(2)
+    return Words.of(first, max(1, size // 4), m)
 
 
 def loaded(opcode: str, region: Region, address: Lanes, m: Lanes) -> tuple:

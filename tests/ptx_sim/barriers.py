@@ -1,18 +1,23 @@
 """Barriers: mbarriers, the named barriers of a CTA, and the barrier of a cluster."""
 
 from ptx_sim.errors import Misuse
+from ptx_sim.races import Clock
 
 MAX_TX = (1 << 20) - 1
 
 
 class Condition:
-    """Something that warps wait for."""
+    """Something that warps wait for, and then know what those did who arrived before."""
 
-    def __init__(self) -> None:
+    def __init__(self, agents: int) -> None:
         self.waiters: list = []
+        self.arriving = Clock(agents)  # of the phase that is not over
+        self.known = Clock(agents)
 
     def release(self) -> None:
         """Let the waiters look again."""
+        self.known.join(self.arriving)
+        self.arriving = Clock(self.known.whole.size)
         waiters, self.waiters = self.waiters, []
         for warp in waiters:
             warp.machine.wake(warp)
@@ -21,8 +26,8 @@ class Condition:
 class Mbarrier(Condition):
     """An mbarrier: a phase ends when neither arrivals nor bytes are outstanding."""
 
-    def __init__(self, name: str, count: int):
-        super().__init__()
+    def __init__(self, name: str, count: int, agents: int):
+        super().__init__(agents)
         self.name = name
         self.count = self.pending = count
         self.bytes = 0
@@ -34,13 +39,16 @@ class Mbarrier(Condition):
     def expect(self, count: int) -> None:
         self._add(count)
 
-    def arrive(self, count: int = 1) -> None:
+    def arrive(self, clock: Clock, count: int = 1) -> None:
         if self.pending < count:
             raise Misuse(f"{self}: {count} more arrivals than the phase expects")
+        self.arriving.join(clock)
         self.pending -= count
         self._settle()
 
-    def complete(self, count: int) -> None:
+    def complete(self, count: int, agent: int, time: int) -> None:
+        """Bytes of what an agent began at some time are there."""
+        self.arriving.whole[agent] = max(self.arriving.whole[agent], time)
         self._add(-count)
         self._settle()
 
@@ -69,15 +77,16 @@ class Mbarrier(Condition):
 class NamedBarrier(Condition):
     """bar.sync and bar.arrive: the number of threads belongs to each use."""
 
-    def __init__(self, name: str):
-        super().__init__()
+    def __init__(self, name: str, agents: int):
+        super().__init__(agents)
         self.name = name
         self.arrived = self.expected = self.generation = 0
 
-    def arrive(self, threads: int, expected: int) -> None:
+    def arrive(self, threads: int, expected: int, clock: Clock) -> None:
         if self.arrived and expected != self.expected:
             raise Misuse(f"{self}; now with {expected} threads")
         self.expected = expected
+        self.arriving.join(clock)
         self.arrived += threads
         if self.arrived > expected:
             raise Misuse(f"{self}: too many")
@@ -93,15 +102,16 @@ class NamedBarrier(Condition):
 class ClusterBarrier(Condition):
     """barrier.cluster: every warp of the cluster arrives or has exited."""
 
-    def __init__(self, warps: int):
-        super().__init__()
+    def __init__(self, warps: int, agents: int):
+        super().__init__(agents)
         self.warps = warps
         self.arrived: set = set()
         self.exited: set = set()
         self.generation = 0
 
-    def arrive(self, warp) -> None:
+    def arrive(self, warp, clock: Clock) -> None:
         self.arrived.add(warp)
+        self.arriving.join(clock)
         self._settle()
 
     def leave(self, warp) -> None:
@@ -123,9 +133,17 @@ class ClusterBarrier(Condition):
 class Wait:
     """What one warp waits for: a condition and the test that ends the wait."""
 
-    def __init__(self, condition: Condition, ready):
+    def __init__(self, warp, condition: Condition, over):
+        self.warp = warp
         self.condition = condition
-        self.ready = ready
+        self.over = over
+
+    def ready(self) -> bool:
+        """Whether the wait is over; the warp knows then what it waited for."""
+        if not self.over():
+            return False
+        self.warp.acquire(self.condition.known)
+        return True
 
     def register(self, warp) -> None:
         self.condition.waiters.append(warp)

@@ -7,6 +7,7 @@ from ptx_sim.access import global_array, word_count
 from ptx_sim.errors import Hazard, Misuse, Unsupported
 from ptx_sim.lanes import Lanes
 from ptx_sim.proxies import STRANGERS
+from ptx_sim.races import COPIES, Words
 from ptx_sim.warp import Warp
 
 # --- cp.async ------------------------------------------------------------------------------------
@@ -19,7 +20,8 @@ def copy_async(warp: Warp, line: int, m: Lanes, opcode: str, to, source, whole, 
         raise Unsupported(f"{opcode} of neither 16 bytes nor none")
     reads = m & (size == 16)
     shared, array = warp.cta.shared, global_array(warp, source, reads) if reads.any() else None
-    shared.index(to, m, 4)  # out of bounds: say so here
+    words = Words.of_operation(Words.of(shared.index(to, m, 4), 4, m).at)  # or out of bounds
+    access = warp.access(COPIES, m)
     if array is not None:
         array.index(source, reads, 4)
 
@@ -27,8 +29,9 @@ def copy_async(warp: Warp, line: int, m: Lanes, opcode: str, to, source, whole, 
         warp.cta.alive(f"a cp.async of {warp} lands")
         values = (np.zeros(lanes.WARP, np.uint32),) * 4
         if array is not None:
-            words = array.load(source, reads, 4)
-            values = tuple(np.where(reads, word, 0).astype(np.uint32) for word in words)
+            loads = array.load(source, reads, 4)
+            values = tuple(np.where(reads, word, 0).astype(np.uint32) for word in loads)
+        warp.cta.history.writes(access, words)
         shared.store_generic(to, m, values, warp.threads, warp.tick())
 
     warp.copies[-1].append(land)
@@ -39,6 +42,7 @@ def copy_async(warp: Warp, line: int, m: Lanes, opcode: str, to, source, whole, 
 def copy_commit(warp: Warp, line: int, m: Lanes, opcode: str) -> tuple:
     warp.whole(line, m, opcode)
     warp.copies.append([])
+    warp.commit(COPIES)
     return ()
 
 
@@ -48,6 +52,7 @@ def copy_wait(warp: Warp, line: int, m: Lanes, opcode: str, pending: Lanes) -> t
     while len(warp.copies) - 1 > int(pending[0]):
         for land in warp.copies.popleft():
             warp.machine.engine.finish(land)
+    warp.completed(COPIES, int(pending[0]))
     return ()
 
 
@@ -61,13 +66,17 @@ def store_async(warp: Warp, line: int, m: Lanes, opcode: str, address, value, ba
     for target in set(barrier[m].tolist()):
         active = m & (barrier == target)
         cta = warp.cta.cluster.cta(target)
+        access = warp.access(COPIES, active)
 
-        def arrive(cta=cta, active=active, target=target) -> None:
+        def arrive(cta=cta, active=active, target=target, access=access) -> None:
             cta.alive(f"a st.async of {warp} arrives")
+            words = Words.of(cta.shared.index(address, active, len(values)), len(values), active)
+            cta.history.writes(access, Words.of_operation(words.at))
             cta.shared.store_generic(address, active, values, STRANGERS, warp.tick())
             signal = cta.barrier(target)
             signal.remote |= cta is not warp.cta
-            signal.complete(4 * len(values) * int(active.sum()))
+            size = 4 * len(values) * int(active.sum())
+            signal.complete(size, access.agent, access.time)
 
         warp.machine.engine.submit(arrive)
     return ()
@@ -97,11 +106,13 @@ def load_box(warp: Warp, lane: int, to: Lanes, name: Lanes, at, barrier: Lanes) 
     column, row = (int(c[lane]) for c in at)
     span = cta.shared.span(target, tensor_map.box_bytes)
     cta.shared.proxies.load_starts(span, warp.issue(lane))
+    access = warp.access(COPIES, np.equal(lanes.LANES, lane))
 
     def arrive() -> None:
         cta.alive(f"a TMA load of {tensor_map.name} arrives")
         cta.shared.proxies.load_lands(span)
+        cta.history.writes(access, Words.of_operation(np.arange(span.start, span.stop)))
         tensor_map.write(cta.shared, target, tensor_map.box(column, row))
-        cta.barrier(signal).complete(tensor_map.box_bytes)
+        cta.barrier(signal).complete(tensor_map.box_bytes, access.agent, access.time)
 
     warp.machine.engine.submit(arrive)

@@ -14,6 +14,7 @@ from ptx_sim.engine import Engine, Policy
 from ptx_sim.errors import Deadlock, Misuse, SimulationError
 from ptx_sim.memory import WINDOW, GlobalMemory, Shared, Tmem
 from ptx_sim.program import Program
+from ptx_sim.races import AGENTS, History
 from ptx_sim.tensor import TensorMap
 from ptx_sim.warp import Warp
 
@@ -33,8 +34,10 @@ class Cta:
         self.pace = self.machine.policy.cta_pace()
         self.barriers: dict[int, Mbarrier] = {}
         self.named: dict[int, NamedBarrier] = {}
-        self.warps = [Warp(self, i) for i in range(self.machine.program.entry.threads // 32)]
-        self.running = len(self.warps)
+        warps = self.machine.program.entry.threads // 32
+        self.history = History(self.shared.name, self.shared.words.size, rank, warps)
+        self.warps = [Warp(self, i) for i in range(warps)]
+        self.running = warps
 
     def __str__(self) -> str:
         return f"CTA {self.place}"
@@ -56,7 +59,9 @@ class Cta:
         return found
 
     def named_barrier(self, number: int) -> NamedBarrier:
-        return self.named.setdefault(number, NamedBarrier(f"{number} of {self}"))
+        if number not in self.named:
+            self.named[number] = NamedBarrier(f"{number} of {self}", self.cluster.agents)
+        return self.named[number]
 
     def leave(self, warp: Warp) -> None:
         """A warp exits."""
@@ -77,7 +82,8 @@ class Cluster:
     def __init__(self, machine: "Machine", first: int, y: int):
         self.machine = machine
         count = machine.program.entry.threads // 32 * machine.cluster_size
-        self.barrier = ClusterBarrier(count)
+        self.agents = count * AGENTS  # of which a clock tells
+        self.barrier = ClusterBarrier(count, self.agents)
         self.ctas = [Cta(self, rank, (first + rank, y)) for rank in range(machine.cluster_size)]
 
     @property

@@ -5,7 +5,22 @@ import numpy as np
 from ptx_sim import lanes, tensor
 from ptx_sim.errors import Hazard, Misuse, Unsupported
 from ptx_sim.lanes import Lanes
+from ptx_sim.races import PRODUCTS, Words
 from ptx_sim.warp import Warp
+
+
+def watch(warp: Warp, lane: int, m: Lanes) -> tensor.Watch:
+    """What looks at the operands of a product that `lane`, one of lanes `m`, issues now."""
+    shared, history = warp.cta.shared, warp.cta.history
+    issue, access = warp.issue(lane), warp.access(PRODUCTS, m)
+
+    def seen(words: np.ndarray) -> None:
+        if shared.proxies.stores(slice(words.min(), words.max() + 1)):
+            shared.proxies.check(words, issue, "an MMA reads")
+        history.reads(access, Words.of_operation(words))
+
+    return seen
+
 
 # --- tcgen05 -------------------------------------------------------------------------------------
 
@@ -13,7 +28,9 @@ from ptx_sim.warp import Warp
 def tmem_alloc(warp: Warp, line: int, m: Lanes, opcode: str, address: Lanes, columns) -> tuple:
     warp.whole(line, m, opcode)
     first = warp.cta.tmem.allocate(int(columns[0]))
-    warp.cta.shared.store(address, np.equal(lanes.LANES, 0), (lanes.constant(first, "u4"),))
+    lane = np.equal(lanes.LANES, 0)
+    index = warp.cta.shared.store(address, lane, (lanes.constant(first, "u4"),))
+    warp.cta.history.writes(warp.access(), Words.of(index, 1, lane))
     return ()
 
 
@@ -33,7 +50,8 @@ def mma(warp: Warp, line: int, m: Lanes, opcode: str, to, a, b, bits, off, add) 
     warp.line = line
     for lane in np.flatnonzero(m):
         operands = [int(v[lane]) for v in (to, a, b, bits)]
-        operands += [np.array([v[lane] for v in off]), bool(add[lane]), warp.issue(lane)]
+        operands += [np.array([v[lane] for v in off]), bool(add[lane])]
+        operands.append(watch(warp, int(lane), np.equal(lanes.LANES, lane)))
 
         def multiply(operands=operands) -> None:
             warp.cta.alive("a tcgen05.mma runs")
@@ -45,13 +63,15 @@ def mma(warp: Warp, line: int, m: Lanes, opcode: str, to, a, b, bits, off, add) 
 
 def mma_commit(warp: Warp, line: int, m: Lanes, opcode: str, address: Lanes) -> tuple:
     warp.line = line
+    done = warp.clock.without_lanes()
+    done.whole[warp.agent + PRODUCTS] = warp.tick()
     for lane in np.flatnonzero(m):
         at = int(address[lane])
         cta = warp.cta.cluster.cta(at)
 
         def arrive(cta=cta, at=at) -> None:
             cta.alive("a tcgen05.commit arrives")
-            cta.barrier(at).arrive()
+            cta.barrier(at).arrive(done)
 
         warp.machine.engine.submit(arrive, queue=warp.cta)
     return ()
@@ -80,10 +100,10 @@ def wgmma(
     if [int(flag[0]) for flag in flags] != [1, 1, 0, 0] or len(slots) != n // 2:
         raise Unsupported(f"{opcode} with scales, transposed operands or registers")
     bits, adds = (int(a[0]), int(b[0])), bool(add[0])
-    issue = warp.issue(0)
+    seen = watch(warp, 0, m)
 
     def multiply() -> None:
-        product = tensor.wgmma(warp.cta.shared, *bits, n, warp.number, issue)
+        product = tensor.wgmma(warp.cta.shared, *bits, n, warp.number, seen)
         for slot, value in zip(slots, product, strict=True):
             old = warp.registers[slot].view(np.float32)
             warp.registers[slot] = (old + value if adds else value).view(np.uint32)
@@ -94,6 +114,7 @@ def wgmma(
 def wgmma_commit(warp: Warp, line: int, m: Lanes, opcode: str) -> tuple:
     warp.whole(line, m, opcode)
     warp.wgmmas.append([])
+    warp.commit(PRODUCTS)
     if warp.machine.policy.eager:
         finish_wgmmas(warp, 0)
     return ()
@@ -102,6 +123,7 @@ def wgmma_commit(warp: Warp, line: int, m: Lanes, opcode: str) -> tuple:
 def wgmma_wait(warp: Warp, line: int, m: Lanes, opcode: str, pending: Lanes) -> None:
     warp.whole(line, m, opcode)
     finish_wgmmas(warp, int(pending[0]))
+    warp.completed(PRODUCTS, int(pending[0]))
 
 
 def finish_wgmmas(warp: Warp, pending: int) -> None:

@@ -137,7 +137,7 @@ class _Statements:
         inner = self.text[self.at : end]
         if self.scopes:
             for kind, declared in re.findall(r"\.reg\s+\.(\w+)\s+([\w$]+)\s*;", inner):
-                names = {**names, declared: f"{PREFIX[kind]}scope{self.scopes}_{declared}"}
+                names = {**names, declared: f"{PREFIX[kind]}_scope{self.scopes}_{declared}"}
             for label in re.findall(r"([\w$]+):(?!:)", inner):
                 names = {**names, label: f"{label}_scope{self.scopes}"}
         self.scopes += 1
@@ -221,6 +221,6 @@ def _operand(text: str, names: dict[str, str]) -> Operand:
     if re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)U?", text):
         return Immediate(int(text.rstrip("U"), 0))
     text = names.get(text, text)
-    if re.fullmatch(r"%(p|rs|r|rd)(\d+|scope\w+)", text):
+    if re.fullmatch(r"%(p|rs|r|rd)(\d+|_scope\w+)", text):
         return Register(text)
     return Symbol(text)

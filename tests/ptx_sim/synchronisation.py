@@ -20,6 +20,17 @@ def nothing(warp: Warp, line: int, m: Lanes, opcode: str, *_operands: Lanes) -> 
     return ()
 
 
+def fence(warp: Warp, line: int, m: Lanes, opcode: str) -> tuple:
+    warp.fenced.join(warp.released(m))
+    return ()
+
+
+def sync_warp(warp: Warp, line: int, m: Lanes, opcode: str, *_mask: Lanes) -> tuple:
+    warp.whole(line, m, opcode)
+    warp.converge()
+    return ()
+
+
 def fence_inits(warp: Warp, line: int, m: Lanes, opcode: str) -> tuple:
     warp.inits_fenced = True
     return ()
@@ -52,7 +63,8 @@ def grid_wait(warp: Warp, line: int, m: Lanes, opcode: str) -> tuple:
 def bar_arrive(warp: Warp, line: int, m: Lanes, opcode: str, number: Lanes, count: Lanes) -> tuple:
     warp.whole(line, m, opcode)
     warp.synchronise()
-    warp.cta.named_barrier(int(number[0])).arrive(lanes.WARP, int(count[0]))
+    barrier = warp.cta.named_barrier(int(number[0]))
+    barrier.arrive(lanes.WARP, int(count[0]), warp.released(m))
     return ()
 
 
@@ -62,8 +74,9 @@ def bar_sync(warp: Warp, line: int, m: Lanes, opcode: str, number: Lanes, *count
     barrier = warp.cta.named_barrier(int(number[0]))
     generation = barrier.generation
     expected = int(count[0][0]) if count else lanes.WARP * len(warp.cta.warps)
-    barrier.arrive(lanes.WARP, expected)
-    return Wait(barrier, lambda: barrier.generation != generation)
+    warp.converge()
+    barrier.arrive(lanes.WARP, expected, warp.released(m))
+    return Wait(warp, barrier, lambda: barrier.generation != generation)
 
 
 # --- mbarriers -----------------------------------------------------------------------------------
@@ -77,20 +90,22 @@ def barrier_init(warp: Warp, line: int, m: Lanes, opcode: str, address: Lanes, c
         if at % 8:
             raise Misuse(f"an mbarrier at {at:#x}: not aligned to 8 bytes")
         name = f"{at - SHARED_BASE & ((1 << WINDOW) - 1)} of {warp.cta}"
-        warp.cta.barriers[at] = Mbarrier(name, int(count[lane]))
+        warp.cta.barriers[at] = Mbarrier(name, int(count[lane]), warp.cta.cluster.agents)
         warp.inits_fenced = False
     return ()
 
 
 def barrier_arrive(warp: Warp, line: int, m: Lanes, opcode: str, address: Lanes, *count) -> tuple:
     warp.line = line
+    clock = warp.released(m)
     for lane in np.flatnonzero(m):
-        warp.cta.barrier(int(address[lane])).arrive(int(count[0][lane]) if count else 1)
+        warp.cta.barrier(int(address[lane])).arrive(clock, int(count[0][lane]) if count else 1)
     return (lanes.constant(0, "u8"),)
 
 
 def barrier_arrive_peer(warp: Warp, line: int, m: Lanes, opcode: str, address: Lanes) -> tuple:
     warp.line = line
+    clock = warp.relaxed() if ".relaxed." in opcode else warp.released(m)
     for lane in np.flatnonzero(m):
         at = int(address[lane])
         cta = warp.cta.cluster.cta(at)
@@ -99,7 +114,7 @@ def barrier_arrive_peer(warp: Warp, line: int, m: Lanes, opcode: str, address: L
             cta.alive(f"an arrival of {warp} reaches its barrier")
             signal = cta.barrier(at)
             signal.remote |= cta is not warp.cta and ".release." in opcode
-            signal.arrive()
+            signal.arrive(clock)
 
         warp.machine.engine.submit(arrive)
     return ()
@@ -110,7 +125,7 @@ def barrier_expect(warp: Warp, line: int, m: Lanes, opcode: str, address: Lanes,
     for lane in np.flatnonzero(m):
         barrier = warp.cta.barrier(int(address[lane]))
         barrier.expect(int(count[lane]))
-        barrier.arrive()
+        barrier.arrive(warp.released(m))
     return (lanes.constant(0, "u8"),)
 
 
@@ -127,7 +142,7 @@ def barrier_wait(warp: Warp, line: int, m: Lanes, opcode: str, address, parity, 
             raise Hazard(f"{barrier}: waits at CTA scope for what a peer sends")
         return barrier.passed(wanted)
 
-    return Wait(barrier, passed)
+    return Wait(warp, barrier, passed)
 
 
 # --- clusters ------------------------------------------------------------------------------------
@@ -140,7 +155,8 @@ def cluster_arrive(warp: Warp, line: int, m: Lanes, opcode: str) -> tuple:
     if warp.cluster_generation is not None:
         raise Misuse("barrier.cluster.arrive twice without a wait")
     warp.cluster_generation = warp.cta.cluster.barrier.generation
-    warp.cta.cluster.barrier.arrive(warp)
+    clock = warp.relaxed() if ".relaxed" in opcode else warp.released(m)
+    warp.cta.cluster.barrier.arrive(warp, clock)
     return ()
 
 
@@ -150,4 +166,4 @@ def cluster_wait(warp: Warp, line: int, m: Lanes, opcode: str) -> Wait:
     if generation is None:
         raise Misuse("barrier.cluster.wait without an arrival")
     barrier = warp.cta.cluster.barrier
-    return Wait(barrier, lambda: barrier.generation != generation)
+    return Wait(warp, barrier, lambda: barrier.generation != generation)

@@ -4,6 +4,7 @@ Layouts follow the PTX ISA: a 128-byte swizzle exchanges 16-byte pieces by XOR o
 with bits 7-9 of the absolute shared-memory address; a K-major operand is stored in atoms of 8 rows.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -11,7 +12,8 @@ import numpy as np
 
 from ptx_sim.errors import Misuse, OutOfBounds, Unsupported
 from ptx_sim.memory import SHARED_BASE, WINDOW, Shared, Tmem
-from ptx_sim.proxies import Issue
+
+Watch = Callable[[np.ndarray], None]  # is told the words that an MMA reads, each once
 
 K16 = 16  # depth of one MMA of bf16
 VERSION_BLACKWELL = 1
@@ -92,14 +94,14 @@ class Operand:
             raise Unsupported(f"descriptor {bits:#x}: a base offset")
         return cls(*((bits >> at & 0x3FFF) << 4 for at in (0, 16, 32)), rows[swizzle])
 
-    def read(self, shared: Shared, rows: int, issue: Issue | None = None) -> np.ndarray:
-        """The rows of 16 elements, in fp32; with `issue`, raise if they need a proxy fence."""
+    def read(self, shared: Shared, rows: int, watch: Watch | None = None) -> np.ndarray:
+        """The rows of 16 elements, in fp32."""
         addresses = swizzled(pattern(self, rows) + self.start, self.row) - SHARED_BASE
         low, high = int(addresses.min()), int(addresses.max())
         if low < 0 or high >= 4 * shared.words.size:
             raise OutOfBounds(f"{shared.name}: an operand from {self.start:#x}")
-        if issue is not None and shared.proxies.stores(slice(low >> 2, (high >> 2) + 1)):
-            shared.proxies.check(addresses >> 2, issue, "an MMA reads")
+        if watch is not None:
+            watch(addresses[:, ::2].ravel() >> 2)
         return (shared.halves[addresses >> 1].astype(np.uint32) << 16).view(np.float32)
 
 
@@ -147,7 +149,7 @@ def tcgen05_mma(
     bits: int,
     off: np.ndarray,
     add: bool,
-    issue: Issue | None = None,
+    watch: Watch | None = None,
 ) -> None:
     """D = A B^T (+ D): D in TMEM at `address`, lanes whose bit of `off` is set are left alone."""
     shape, column, lane = MmaShape.decode(bits), address & 0xFFFF, address >> 16
@@ -155,8 +157,8 @@ def tcgen05_mma(
         raise Misuse(f"tcgen05.mma: accumulators from lane {lane}")
     tmem.check(column, shape.N)
     product = (
-        Operand.decode(a, True).read(shared, shape.M, issue)
-        @ Operand.decode(b, True).read(shared, shape.N, issue).T
+        Operand.decode(a, True).read(shared, shape.M, watch)
+        @ Operand.decode(b, True).read(shared, shape.N, watch).T
     )
     rows = shape.lanes + lane
     D = tmem.words.view(np.float32)[:, column : column + shape.N]
@@ -188,11 +190,11 @@ def tmem_load(tmem: Tmem, shape: str, count: int, address: int, warp: int) -> tu
 
 
 def wgmma(
-    shared: Shared, a: int, b: int, n: int, warp: int, issue: Issue | None = None
+    shared: Shared, a: int, b: int, n: int, warp: int, watch: Watch | None = None
 ) -> np.ndarray:
     """A warp's share (registers, 32) of the product of m64nNk16; N = n."""
-    A = Operand.decode(a, False).read(shared, 64, issue)[warp % 4 * 16 :][:16]
-    product = A @ Operand.decode(b, False).read(shared, n, issue).T
+    A = Operand.decode(a, False).read(shared, 64, watch)[warp % 4 * 16 :][:16]
+    product = A @ Operand.decode(b, False).read(shared, n, watch).T
     t = np.arange(32)
     return np.stack(
         [

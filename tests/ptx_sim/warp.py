@@ -17,6 +17,7 @@ from ptx_sim.errors import Hazard, Misuse
 from ptx_sim.lanes import Lanes
 from ptx_sim.memory import Poll
 from ptx_sim.proxies import Issue
+from ptx_sim.races import AGENTS, COPIES, LANES, PRODUCTS, Access, Clock
 
 if TYPE_CHECKING:
     from ptx_sim.machine import Cta
@@ -40,6 +41,13 @@ class Warp:
         self.last_poll: tuple | None = None
         self.wgmmas: deque[list] = deque([[]])  # groups, the open one last
         self.copies: deque[list] = deque([[]])  # the same of cp.async
+        self.commits: dict[int, deque[int]] = {
+            COPIES: deque(),
+            PRODUCTS: deque(),
+        }  # times of groups
+        self.agent = (cta.rank * cta.history.warps + number) * AGENTS
+        self.clock = Clock(cta.cluster.agents)
+        self.fenced = Clock(cta.cluster.agents)  # what the last fence released
         # What formally needs a fence, though nothing goes wrong here without.
         self.inits_fenced = True
         self.tmem_fenced_before = self.tmem_fenced_after = True
@@ -124,6 +132,45 @@ class Warp:
         """What the async proxy has to know of an operation that a lane issues."""
         fenced = self.cta.shared.proxies.fenced[self.threads[lane]]
         return Issue(self.machine.time, int(fenced))
+
+    # --- what races are found by
+
+    def access(self, kind: int = LANES, m: Lanes = lanes.ALL) -> Access:
+        """An access of now, of lanes `m` or by what they have issued."""
+        clock = self.clock if kind == LANES else self.released(m)
+        return Access(self.agent + kind, self.tick(), clock, self.line)
+
+    def released(self, m: Lanes) -> Clock:
+        """What lanes `m` know, their own accesses among it."""
+        clock = self.clock.copy()
+        clock.part[self.agent] = self.machine.time
+        clock.lanes[self.agent] = np.packbits(m, bitorder="little").view(np.uint32)[0]
+        return clock
+
+    def relaxed(self) -> Clock:
+        """What an arrival tells that releases nothing itself."""
+        clock = self.clock.without_lanes()
+        clock.join(self.fenced)
+        return clock
+
+    def acquire(self, known: Clock) -> None:
+        """Know what others have released."""
+        self.clock.join(known)
+
+    def converge(self) -> None:
+        """The lanes know each other's accesses."""
+        self.clock.whole[self.agent] = self.machine.time
+
+    def commit(self, kind: int) -> None:
+        """What is under way of this kind is a group."""
+        self.commits[kind].append(self.tick())
+
+    def completed(self, kind: int, pending: int) -> None:
+        """All but the last `pending` groups are over."""
+        while len(self.commits[kind]) > pending:
+            self.clock.whole[self.agent + kind] = self.commits[kind].popleft()
+
+    # ---
 
     def synchronise(self) -> None:
         """This warp meets others: order what it did in TMEM, and will do, by fences."""
