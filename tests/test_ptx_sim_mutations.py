@@ -3,8 +3,8 @@
 A fault counts as caught if the simulator raises or an answer is wrong. Most show under the eager
 order, in which warps run in turn until they have to wait. What no order can show:
 
-- what a memory model weaker than sequential consistency does, apart from the hazards below and the
-  proxy fences of `test_ptx_sim_proxies.py`;
+- what a memory model weaker than sequential consistency does, apart from the hazards below, the
+  proxy fences of `test_ptx_sim_proxies.py` and the races of `test_ptx_sim_races.py`;
 - a dropped griddepcontrol.launch_dependents: it changes when the next kernel starts, no value;
 - a wrong cache hint, a wrong suspend-time hint, a prefetch of the wrong tensor map;
 - a dropped tcgen05.relinquish_alloc_permit: it lets another CTA of the SM allocate sooner;

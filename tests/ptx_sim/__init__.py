@@ -6,6 +6,7 @@
     synchronisation, mma              lanes, with other warps, and with the tensor cores
     memory, barriers, tensor          shared, global and tensor memory; mbarriers; TMA and MMA
     proxies                           what needs a fence between threads and TMA or MMA
+    races                             accesses to shared memory that nothing orders
     engine                            asynchronous operations: eager, lazy or in random order
     launch, launch_*                  a configuration and its inputs to outputs
     calibration                       what a Hopper GPU runs too, and how the two compare

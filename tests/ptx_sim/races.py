@@ -3,9 +3,11 @@
 An access is a lane's, or one of what a warp has under way: its copies (st.async, cp.async, TMA
 loads) and its matrix products. Each of the three is an agent, and accesses have times. A clock says
 until when an agent's accesses are known to have happened. A warp hands its clock on where it
-releases (arrivals, fences), and joins to it what it acquires (waits); an operation has the clock of
-its issue, and makes itself known by its own barrier or wait. An access that meets one that its
-clock does not know is a race, whatever order the two had here: any one order shows it.
+releases (arrivals), and joins to it what it acquires (waits); an operation has the clock of its
+issue, and makes itself known by its own barrier or wait. A relaxed arrival tells of lanes' accesses
+what the last fence knew, and, like tcgen05.commit, of operations all that are known to be over. An
+access that meets one that its clock does not know is a race, whatever order the two had here: any
+one order shows it.
 
 A lane knows its own accesses, and those of its warp's other lanes up to the last bar.warp.sync or
 barrier of the CTA; shuffles and votes order nothing. What a lane acquires its whole warp knows from
@@ -36,11 +38,8 @@ class Clock:
 
     def copy(self) -> "Clock":
         found = Clock(0)
-        found.whole, found.part, found.lanes = (
-            self.whole.copy(),
-            self.part.copy(),
-            self.lanes.copy(),
-        )
+        for name in self.__slots__:
+            setattr(found, name, getattr(self, name).copy())
         return found
 
     def join(self, other: "Clock") -> None:

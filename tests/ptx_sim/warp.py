@@ -133,6 +133,12 @@ class Warp:
         fenced = self.cta.shared.proxies.fenced[self.threads[lane]]
         return Issue(self.machine.time, int(fenced))
 
+    def synchronise(self) -> None:
+        """This warp meets others: order what it did in TMEM, and will do, by fences."""
+        if not self.tmem_fenced_before:
+            raise Hazard("TMEM was read, with no tcgen05.fence::before_thread_sync since")
+        self.tmem_fenced_after = False
+
     # --- what races are found by
 
     def access(self, kind: int = LANES, m: Lanes = lanes.ALL) -> Access:
@@ -169,11 +175,3 @@ class Warp:
         """All but the last `pending` groups are over."""
         while len(self.commits[kind]) > pending:
             self.clock.whole[self.agent + kind] = self.commits[kind].popleft()
-
-    # ---
-
-    def synchronise(self) -> None:
-        """This warp meets others: order what it did in TMEM, and will do, by fences."""
-        if not self.tmem_fenced_before:
-            raise Hazard("TMEM was read, with no tcgen05.fence::before_thread_sync since")
-        self.tmem_fenced_after = False
