@@ -1,6 +1,6 @@
 """Races in shared memory, found in any one order: small kernels, and faults planted in ours.
 
-Every simulation of the other files looks for them too.
+Every simulation in eager order looks for them, in whatever file.
 """
 
 import re

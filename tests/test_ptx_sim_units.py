@@ -41,7 +41,7 @@ def run(body: str, threads: int = 32, policy: str = "eager") -> np.ndarray:
     memory = GlobalMemory()
     address = memory.add("out", out).to_bytes(8, "little")
     program = load(KERNEL.format(threads=threads, body=body))
-    kwargs = {"grid": (1, 1), "cluster_size": 1, "shared_bytes": 4096}
+    kwargs = {"grid": (1, 1), "cluster_size": 1, "shared_bytes": 4096, "races": True}
     Machine(program, [address], memory, policy_of(policy), **kwargs).run()
     return out
 

@@ -24,7 +24,7 @@ def load_param(warp: Warp, name: str, offset: int, size: int) -> Lanes:
 def load_shared(warp: Warp, line: int, m: Lanes, opcode: str, address: Lanes) -> tuple:
     warp.line = line
     found = loaded(opcode, warp.cta.shared, address, m)
-    if m.any():
+    if warp.machine.races and m.any():
         warp.cta.history.reads(warp.access(), shared_words(warp.cta, opcode, address, m))
     return found
 
@@ -39,8 +39,9 @@ def store_shared(warp: Warp, line: int, m: Lanes, opcode: str, address: Lanes, v
         warp.cta.shared.store_narrow(opcode, address, m, value, writers, now)
     else:
         warp.cta.shared.store_generic(address, m, stored(opcode, value), writers, now)
-    words = shared_words(warp.cta, opcode, address, m)
-    warp.cta.history.writes(warp.access(), words, narrow)
+    if warp.machine.races:
+        words = shared_words(warp.cta, opcode, address, m)
+        warp.cta.history.writes(warp.access(), words, narrow)
     return ()
 
 
@@ -49,7 +50,8 @@ def store_peer(warp: Warp, line: int, m: Lanes, opcode: str, address: Lanes, val
     for cta, active in peers(warp, address, m):
         words = stored(opcode, value)
         cta.shared.store_generic(address, active, words, STRANGERS, warp.tick())
-        cta.history.writes(warp.access(), shared_words(cta, opcode, address, active))
+        if warp.machine.races:
+            cta.history.writes(warp.access(), shared_words(cta, opcode, address, active))
     return ()
 
 

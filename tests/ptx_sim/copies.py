@@ -31,7 +31,8 @@ def copy_async(warp: Warp, line: int, m: Lanes, opcode: str, to, source, whole, 
         if array is not None:
             loads = array.load(source, reads, 4)
             values = tuple(np.where(reads, word, 0).astype(np.uint32) for word in loads)
-        warp.cta.history.writes(access, words)
+        if warp.machine.races:
+            warp.cta.history.writes(access, words)
         shared.store_generic(to, m, values, warp.threads, warp.tick())
 
     warp.copies[-1].append(land)
@@ -70,8 +71,10 @@ def store_async(warp: Warp, line: int, m: Lanes, opcode: str, address, value, ba
 
         def arrive(cta=cta, active=active, target=target, access=access) -> None:
             cta.alive(f"a st.async of {warp} arrives")
-            words = Words.of(cta.shared.index(address, active, len(values)), len(values), active)
-            cta.history.writes(access, Words.of_operation(words.at))
+            if warp.machine.races:
+                first = cta.shared.index(address, active, len(values))
+                at = Words.of(first, len(values), active).at
+                cta.history.writes(access, Words.of_operation(at))
             cta.shared.store_generic(address, active, values, STRANGERS, warp.tick())
             signal = cta.barrier(target)
             signal.remote |= cta is not warp.cta
@@ -111,7 +114,8 @@ def load_box(warp: Warp, lane: int, to: Lanes, name: Lanes, at, barrier: Lanes) 
     def arrive() -> None:
         cta.alive(f"a TMA load of {tensor_map.name} arrives")
         cta.shared.proxies.load_lands(span)
-        cta.history.writes(access, Words.of_operation(np.arange(span.start, span.stop)))
+        if warp.machine.races:
+            cta.history.writes(access, Words.of_operation(np.arange(span.start, span.stop)))
         tensor_map.write(cta.shared, target, tensor_map.box(column, row))
         cta.barrier(signal).complete(tensor_map.box_bytes, access.agent, access.time)
 

@@ -26,8 +26,12 @@ def simulate_prefill(
     factor: float = 1.0,
     ptx: str | None = None,
     extras: Extras | None = None,
+    races: bool = False,
 ) -> Routing:
-    """The outputs of one launch; raises a `SimulationError` if anything goes wrong on the way."""
+    """The outputs of one launch; raises a `SimulationError` if anything goes wrong on the way.
+
+    races: whether races are looked for in other orders than the eager one too.
+    """
     c, N, k = config, x.shape[0], config.spec.top_k
     memory = GlobalMemory()
     results, extra = Results(memory, N, k, c.extras), ExtraParams(memory, extras)
@@ -45,6 +49,7 @@ def simulate_prefill(
         cluster_size=c.cluster,
         shared_bytes=c.smem_bytes,
         dependent=DEPENDENT,
+        races=races,
     ).run()
     extra.finish()
     return results.routing()

@@ -112,6 +112,7 @@ class Machine:
         cluster_size: int,
         shared_bytes: int,
         dependent: frozenset[str] = frozenset(),
+        races: bool = False,
     ):
         self.program = program
         self.memory = memory
@@ -119,6 +120,8 @@ class Machine:
         self.cluster_size = cluster_size
         self.shared_bytes = shared_bytes
         self.dependent = dependent  # arrays that are not to be touched before griddepcontrol.wait
+        # Whether races are looked for, which takes about as long as all else: one order shows them.
+        self.races = races or policy.eager
         self.params = dict(zip((p.name for p in program.entry.params), params, strict=True))
         self.maps = {}
         self.param_addresses = {}

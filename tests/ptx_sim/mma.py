@@ -17,7 +17,8 @@ def watch(warp: Warp, lane: int, m: Lanes) -> tensor.Watch:
     def seen(words: np.ndarray) -> None:
         if shared.proxies.stores(slice(words.min(), words.max() + 1)):
             shared.proxies.check(words, issue, "an MMA reads")
-        history.reads(access, Words.of_operation(words))
+        if warp.machine.races:
+            history.reads(access, Words.of_operation(words))
 
     return seen
 
@@ -30,7 +31,8 @@ def tmem_alloc(warp: Warp, line: int, m: Lanes, opcode: str, address: Lanes, col
     first = warp.cta.tmem.allocate(int(columns[0]))
     lane = np.equal(lanes.LANES, 0)
     index = warp.cta.shared.store(address, lane, (lanes.constant(first, "u4"),))
-    warp.cta.history.writes(warp.access(), Words.of(index, 1, lane))
+    if warp.machine.races:
+        warp.cta.history.writes(warp.access(), Words.of(index, 1, lane))
     return ()
 
 

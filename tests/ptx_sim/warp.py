@@ -143,7 +143,8 @@ class Warp:
 
     def access(self, kind: int = LANES, m: Lanes = lanes.ALL) -> Access:
         """An access of now, of lanes `m` or by what they have issued."""
-        clock = self.clock if kind == LANES else self.released(m)
+        late = kind != LANES and self.machine.races  # its clock is looked at when it happens
+        clock = self.released(m) if late else self.clock
         return Access(self.agent + kind, self.tick(), clock, self.line)
 
     def released(self, m: Lanes) -> Clock:
