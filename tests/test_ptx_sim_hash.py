@@ -188,5 +188,11 @@ def test_a_token_id_that_is_not_checked_is_noticed():
 
 
 def test_a_missing_barrier_is_noticed():
+    ptx = mutant(r"bar\.sync \s*0;", "")
     with pytest.raises(Hazard, match="a race"):
-        run_mutant(mutant(r"bar\.sync \s*0;", ""))
+        run_mutant(ptx)
+    wrong = 0
+    for seed in range(4):
+        routing, expected = run_mutant(ptx, f"random{seed}")
+        wrong += not torch.allclose(routing.weights, expected.weights, atol=1e-5)
+    assert wrong > 0

@@ -7,7 +7,7 @@ from ptx_sim import tensor
 from ptx_sim.engine import policy_of
 from ptx_sim.errors import Deadlock, Hazard, Misuse, OutOfBounds
 from ptx_sim.machine import Machine
-from ptx_sim.memory import SHARED_BASE, GlobalMemory, Shared, Tmem
+from ptx_sim.memory import POISON, SHARED_BASE, GlobalMemory, Shared, Tmem
 from ptx_sim.program import load
 from ptx_sim.tensor import TensorMap
 
@@ -35,13 +35,13 @@ KERNEL = """
 """
 
 
-def run(body: str, threads: int = 32, policy: str = "eager") -> np.ndarray:
+def run(body: str, threads: int = 32, policy: str = "eager", *, races: bool = True) -> np.ndarray:
     """What every thread leaves in %r9; it starts with its number in %r1."""
     out = np.zeros(threads, np.uint32)
     memory = GlobalMemory()
     address = memory.add("out", out).to_bytes(8, "little")
     program = load(KERNEL.format(threads=threads, body=body))
-    kwargs = {"grid": (1, 1), "cluster_size": 1, "shared_bytes": 4096, "races": True}
+    kwargs = {"grid": (1, 1), "cluster_size": 1, "shared_bytes": 4096, "races": races}
     Machine(program, [address], memory, policy_of(policy), **kwargs).run()
     return out
 
@@ -153,7 +153,7 @@ def test_a_warp_reaches_its_own_tmem_lanes_only():
         tensor.tmem_load(tmem, "32x32b", 64, column, 0)
 
 
-OWN = "shl.b32 %r8, %r1, 2; add.s32 %r8, %r8, %r2; "  # %r8: a word for each thread
+MEET = " bar.warp.sync -1; "
 ARITHMETIC = {
     "add.s32 %r9, %r1, -3": lambda i: i - 3,
     "shr.s32 %r8, %r1, 1; sub.s32 %r7, 5, %r8; shr.s32 %r9, %r7, 2": lambda i: (5 - i // 2) >> 2,
@@ -186,14 +186,14 @@ ARITHMETIC = {
     "cvt.u16.u32 %rs1, %r1; st.global.b16 [%rd1+2], %rs1; ld.global.b32 %r9, [%rd1]": lambda i: (
         i << 16
     ),
-    OWN + "st.shared.b32 [%r8], 131077; ld.shared.b16 %rs1, [%r8+2]; cvt.u32.u16 %r9, %rs1": (
+    f"st.shared.b32 [%r2], 131077;{MEET}ld.shared.b16 %rs1, [%r2+2]; cvt.u32.u16 %r9, %rs1": (
         lambda i: 2
     ),
-    OWN + "st.shared.b32 [%r8], 0; st.shared.b16 [%r8+2], %r1; ld.shared.b32 %r9, [%r8]": (
-        lambda i: i << 16
+    f"st.shared.b32 [%r2], 0;{MEET}st.shared.b16 [%r2+2], %r1;{MEET}ld.shared.b32 %r9, [%r2]": (
+        lambda i: 31 << 16
     ),
-    OWN + "st.shared.b32 [%r8], 0; st.shared.b8 [%r8+1], 515; ld.shared.v2.b8 {%rs1, %rs2}, [%r8];"
-    "mov.b32 %r9, {%rs1, %rs2}": lambda i: 3 << 16,
+    f"st.shared.b32 [%r2], 0;{MEET}st.shared.b8 [%r2+1], 515;{MEET}"
+    "ld.shared.v2.b8 {%rs1, %rs2}, [%r2]; mov.b32 %r9, {%rs1, %rs2}": lambda i: 3 << 16,
     "st.global.b32 [%rd1], 0x4433FF11; ld.global.b8 %rs1, [%rd1+1]; cvt.u32.u16 %r9, %rs1": (
         lambda i: 0xFF
     ),
@@ -291,6 +291,10 @@ COPY = """
 def test_copies_have_landed_when_they_were_waited_for(policy):
     out = run(COPY.format(pending=0), policy=policy)
     assert out.tolist() == [i if i % 2 else 0 for i in range(32)]
+
+
+def test_lazy_copies_land_no_earlier():
+    assert (run(COPY.format(pending=1), policy="lazy", races=False) == POISON).all()
 
 
 @pytest.mark.parametrize("policy", ["eager", "lazy", "random1"])

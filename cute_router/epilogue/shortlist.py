@@ -153,7 +153,6 @@ class Shortlist:
             too_long = count > LIST and place > 1 and row.wanted
             searching = cute.arch.vote_any_sync(too_long)
             if searching:
-                cute.arch.sync_warp()  # other lanes will write in the same places
                 place = place - Int32(too_long)
                 for other in cutlass.range_constexpr(1, k):
                     t = cutlass.select_(place == other, kth_of_two(maxima, other), t)

@@ -146,14 +146,18 @@ def word_count(opcode: str) -> int:
     size = {"b32": 1, "u32": 1, "s32": 1, "f32": 1, "b64": 2}.get(parts[-1])
     if size is None:
         raise Unsupported(opcode)
-    return size * (int(parts[-2][1]) if parts[-2] in ("v2", "v4") else 1)
+    return size * vector_size(opcode)
+
+
+def vector_size(opcode: str) -> int:
+    """Elements that a load or store moves for each lane."""
+    vector = opcode.split(".")[-2]
+    return int(vector[1]) if vector in ("v2", "v4") else 1
 
 
 def shared_words(cta, opcode: str, address: Lanes, m: Lanes) -> Words:
     """The words of a CTA's shared memory that a load or store touches."""
-    size = int(opcode.rsplit(".", 1)[1][1:]) // 8
-    vector = opcode.split(".")[-2]
-    size *= int(vector[1]) if vector in ("v2", "v4") else 1
+    size = vector_size(opcode) * int(opcode.rsplit(".", 1)[1][1:]) // 8
     first = (address - np.uint32(cta.shared.base)) >> np.uint32(2)
     return Words.of(first, max(1, size // 4), m)
 
@@ -161,8 +165,7 @@ def shared_words(cta, opcode: str, address: Lanes, m: Lanes) -> Words:
 def loaded(opcode: str, region: Region, address: Lanes, m: Lanes) -> tuple:
     """What a load gets, one array for each destination."""
     if opcode.endswith((".b8", ".b16")):
-        vector = opcode.split(".")[-2]
-        count = int(vector[1]) if vector in ("v2", "v4") else 1
+        count = vector_size(opcode)
         load = region.load_bytes if opcode.endswith(".b8") else region.load_halves
         return load(address, m, count)
     words = region.load(address, m, word_count(opcode))

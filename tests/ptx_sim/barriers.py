@@ -142,7 +142,7 @@ class Wait:
         """Whether the wait is over; the warp knows then what it waited for."""
         if not self.over():
             return False
-        self.warp.acquire(self.condition.known)
+        self.warp.clock.join(self.condition.known)
         return True
 
     def register(self, warp) -> None:

@@ -41,10 +41,7 @@ class Warp:
         self.last_poll: tuple | None = None
         self.wgmmas: deque[list] = deque([[]])  # groups, the open one last
         self.copies: deque[list] = deque([[]])  # the same of cp.async
-        self.commits: dict[int, deque[int]] = {
-            COPIES: deque(),
-            PRODUCTS: deque(),
-        }  # times of groups
+        self.commits = {kind: deque() for kind in (COPIES, PRODUCTS)}  # times of their groups
         self.agent = (cta.rank * cta.history.warps + number) * AGENTS
         self.clock = Clock(cta.cluster.agents)
         self.fenced = Clock(cta.cluster.agents)  # what the last fence released
@@ -159,10 +156,6 @@ class Warp:
         clock = self.clock.without_lanes()
         clock.join(self.fenced)
         return clock
-
-    def acquire(self, known: Clock) -> None:
-        """Know what others have released."""
-        self.clock.join(known)
 
     def converge(self) -> None:
         """The lanes know each other's accesses."""
