@@ -42,6 +42,8 @@ CASES = [
     Case("several token tiles", 256, 512, 65),
     Case("one tuned shape", 256, 4096, 1),
     Case("short lists", 300, 72, 4500, top_k=8),
+    Case("more K than shared memory holds", 256, 16384, 64),
+    Case("token tiles in turns", 160, 200, 9000),
 ]
 
 SIZES = [

@@ -52,6 +52,11 @@ def drop(pattern: str, which: int = 0) -> Edit:
     return swap(rf"{pattern}[^;]*;", "", which)
 
 
+def drop_all(pattern: str) -> Edit:
+    """Delete every statement that begins with `pattern`."""
+    return lambda ptx: re.sub(rf"{pattern}[^;]*;", "", ptx)
+
+
 def pass_wait(which: int) -> Edit:
     """Let the wait number `which` (of those that the DSL emits) pass at once."""
     return swap(
@@ -226,7 +231,13 @@ FAULTS = [
         swap(r"bar\.sync\s+1, 128", "bar.sync 1, 160", 0),
     ),
     Fault("the epilogue does not release TMEM", drop(r"bar\.arrive\s+2")),
-    Fault("peers' barriers are not waited for", drop(r"barrier\.cluster\.wait"), "random"),
+    Fault("peers' barriers are not waited for", drop_all(r"barrier\.cluster\.wait"), "random"),
+    Fault(
+        "the loads do not wait for the cluster, so that none may under racecheck",
+        drop(r"barrier\.cluster\.wait", 1),
+        "lazy",
+        RING,
+    ),
     Fault("the cluster is not told of the barriers", drop(r"barrier\.cluster\.arrive")),
     # exchange within the cluster
     Fault("partial sums go to the wrong owner", swap(r"(mapa[^;]*, %r\d+, )%r\d+", r"\g<1>0", 0)),

@@ -42,6 +42,7 @@ from cute_router.gemm.inputs import fake_inputs
 from cute_router.gemm.mainloop import Shared
 from cute_router.gemm.mainloop_sm90 import MainloopSm90
 from cute_router.gemm.mainloop_sm100 import MainloopSm100
+from cute_router.gemm.ptx import wait_for_peers
 from cute_router.gemm.split_k import SplitK
 
 # W is read once a step: it must not drive from the L2 the activations that others wait for. Worth
@@ -201,6 +202,7 @@ class DecodeKernel:
         cute.arch.griddepcontrol_wait()
         for block in cutlass.range_constexpr(c.stages):
             self.load_block(atom_x, tXsX, tXgX, s.full, rank, block)
+        wait_for_peers(c.split_k)
         if cutlass.const_expr(not c.resident):
             for block in cutlass.range(c.stages, c.k_blocks):
                 stage = block % c.stages
@@ -248,7 +250,7 @@ class DecodeKernel:
             biases.append(self.bias_of(out.extra.mSecondBias, mine))
         self.choice.prepare(choice, mBias, tid, out)
 
-        cute.arch.cluster_wait()  # the peers' barriers are initialised
+        wait_for_peers(c.split_k)
         cute.arch.griddepcontrol_wait()  # nothing global is written before this
         if cutlass.const_expr(c.trigger == "wait"):
             if tid == 0:

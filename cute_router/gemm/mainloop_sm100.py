@@ -13,6 +13,7 @@ from cutlass.cute.nvgpu import tcgen05
 
 from cute_router.gemm.config import TILE_K, DecodeConfig
 from cute_router.gemm.mainloop import Mainloop, Shared
+from cute_router.gemm.ptx import wait_for_peers
 from cute_router.gemm.tcgen05 import Tcgen05Operands
 
 
@@ -36,6 +37,7 @@ class MainloopSm100(Tcgen05Operands, Mainloop):
         """Allocate, issue the MMAs of this CTA's K blocks, free what the epilogue has read."""
         tmem = self.allocator(s.tmem, warp)
         tmem.allocate(self.tile_columns)
+        wait_for_peers(self.cfg.split_k)
         tmem.wait_for_alloc()
         pointer = tmem.retrieve_ptr(Float32)
         self.multiply(s, self.accumulators(pointer))

@@ -27,6 +27,7 @@ from cute_router.gemm.ptx import (
     at_peer,
     store_async,
     wait_cluster,
+    wait_for_peers,
 )
 
 MULTIPLIED_BARRIER = 3  # named barrier of the threads that hold accumulators
@@ -59,9 +60,8 @@ class Exchange(ABC):
     @cute.jit
     def open(self, s: Shared, turn: Int32, tid: Int32) -> None:
         """Wait until the owners have room for what comes of tile `turn`."""
-        if cutlass.const_expr(self.cfg.cluster > 1):
-            if turn == 0:
-                cute.arch.cluster_wait()  # their barriers are initialised
+        if turn == 0:
+            wait_for_peers(self.cfg.cluster)
         if cutlass.const_expr(self.cfg.overlay):
             self.multiplied.arrive_and_wait()
             self.say_room(s, tid, arrive_relaxed_at_peer)  # behind the fence of the last `close`

@@ -50,6 +50,7 @@ from cute_router.gemm.prefill_lists import ListExchange
 from cute_router.gemm.prefill_mainloop import Shared, Tiles
 from cute_router.gemm.prefill_sm90 import PrefillSm90
 from cute_router.gemm.prefill_sm100 import PrefillSm100
+from cute_router.gemm.ptx import wait_for_peers
 from cute_router.topk.config import WARP
 
 EPILOGUE_REGISTERS, LOAD_REGISTERS = 240, 24  # where they are traded: 504 for 4 threads of an SM
@@ -250,13 +251,21 @@ class PrefillKernel:
             self.load_tokens(atom_x, loads, s, tiles, Int32(block))
             if cutlass.const_expr(block >= self.ahead):
                 self.load_weights(atom_w, loads, s, tiles, Int32(block))
-        total = tiles.count * c.k_blocks
-        for block in cutlass.range(self.head, total):
-            self.wait_free(s, block)
-            with cute.arch.elect_one():
-                cute.arch.mbarrier_arrive_and_expect_tx(s.full + block % c.stages, c.tile_bytes)
-            self.load_tokens(atom_x, loads, s, tiles, block)
-            self.load_weights(atom_w, loads, s, tiles, block)
+        for block in cutlass.range(self.head, c.k_blocks):
+            self.load_behind(atom_x, atom_w, loads, s, tiles, block)
+        wait_for_peers(c.cluster)
+        for block in cutlass.range(c.k_blocks, tiles.count * c.k_blocks):
+            self.load_behind(atom_x, atom_w, loads, s, tiles, block)
+
+    @cute.jit
+    def load_behind(self, atom_x, atom_w, loads, s: Shared, tiles: Tiles, block: Int32) -> None:
+        """Load a block to where another one was."""
+        self.wait_free(s, block)
+        stage, tile_bytes = block % self.cfg.stages, self.cfg.tile_bytes
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(s.full + stage, tile_bytes)
+        self.load_tokens(atom_x, loads, s, tiles, block)
+        self.load_weights(atom_w, loads, s, tiles, block)
 
     @cute.jit
     def wait_free(self, s: Shared, block: Int32) -> None:
@@ -282,6 +291,9 @@ class PrefillKernel:
         cute.arch.griddepcontrol_wait()  # nothing global is written before this
         self.meet.arrive_and_wait()
         self.mainloop.enter(s)
+        if cutlass.const_expr(not self.all_multiply):
+            if tid >= c.mma_threads:
+                wait_for_peers(c.cluster)
         for turn in cutlass.range(tiles.count):
             self.tile(s, tiles, turn, tid)
         self.mainloop.leave()

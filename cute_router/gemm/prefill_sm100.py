@@ -15,6 +15,7 @@ from cutlass.cute.nvgpu import tcgen05
 from cute_router.gemm.config import TILE_K
 from cute_router.gemm.prefill_config import PrefillConfig
 from cute_router.gemm.prefill_mainloop import Pieces, PrefillMainloop, Shared, Sink, Tiles
+from cute_router.gemm.ptx import wait_for_peers
 from cute_router.gemm.tcgen05 import Tcgen05Operands
 
 CHUNK = 32  # columns of TMEM that a thread has in registers at once
@@ -48,6 +49,8 @@ class PrefillSm100(Tcgen05Operands, PrefillMainloop):
                 cute.arch.mbarrier_wait(drained, (turn // buffers - 1) % 2)
                 cute.arch.inline_ptx("tcgen05.fence::after_thread_sync;")
             self.multiply(s, self.buffer(pointer, turn), turn)
+            if turn == 0:
+                wait_for_peers(self.cfg.cluster)
         tmem.relinquish_alloc_permit()
         self.meet.arrive_and_wait()
         cute.arch.inline_ptx("tcgen05.fence::after_thread_sync;")  # the epilogue's reads are over

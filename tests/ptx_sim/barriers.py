@@ -100,12 +100,18 @@ class NamedBarrier(Condition):
 
 
 class ClusterBarrier(Condition):
-    """barrier.cluster: every warp of the cluster arrives or has exited."""
+    """barrier.cluster: every warp of the cluster arrives or has exited.
 
-    def __init__(self, warps: int, agents: int):
+    Where `all_wait`, it opens only when every one waits as well, as under racecheck: there, work
+    between arrival and wait that another's wait is ahead of is never done.
+    """
+
+    def __init__(self, warps: int, agents: int, *, all_wait: bool):
         super().__init__(agents)
         self.warps = warps
+        self.all_wait = all_wait
         self.arrived: set = set()
+        self.waiting: set = set()
         self.exited: set = set()
         self.generation = 0
 
@@ -114,20 +120,29 @@ class ClusterBarrier(Condition):
         self.arriving.join(clock)
         self._settle()
 
+    def wait(self, warp) -> None:
+        """A warp that has arrived waits."""
+        self.waiting.add(warp)
+        self._settle()
+
     def leave(self, warp) -> None:
         """A warp exits and is expected no more."""
         self.exited.add(warp)
         self._settle()
 
     def _settle(self) -> None:
-        if self.arrived and len(self.arrived | self.exited) == self.warps:
+        if self.arrived and self.there == self.warps:
             self.arrived.clear()
+            self.waiting.clear()
             self.generation += 1
             self.release()
 
+    @property
+    def there(self) -> int:
+        return len((self.waiting if self.all_wait else self.arrived) | self.exited)
+
     def __str__(self) -> str:
-        there = len(self.arrived | self.exited)
-        return f"cluster barrier: {there} of {self.warps} warps"
+        return f"cluster barrier: {self.there} of {self.warps} warps"
 
 
 class Wait:

@@ -64,6 +64,7 @@ class Policy:
     def __init__(self, name: str):
         self.name = name
         self.eager = name == "eager"
+        self.all_wait = name == "lazy"  # before the barrier of a cluster opens
 
     def choose(self, operations: int) -> int:
         """Which of the operations under way happens next."""

@@ -83,7 +83,7 @@ class Cluster:
         self.machine = machine
         count = machine.program.entry.threads // 32 * machine.cluster_size
         self.agents = count * AGENTS  # of which a clock tells
-        self.barrier = ClusterBarrier(count, self.agents)
+        self.barrier = ClusterBarrier(count, self.agents, all_wait=machine.policy.all_wait)
         self.ctas = [Cta(self, rank, (first + rank, y)) for rank in range(machine.cluster_size)]
 
     @property

@@ -166,4 +166,6 @@ def cluster_wait(warp: Warp, line: int, m: Lanes, opcode: str) -> Wait:
     if generation is None:
         raise Misuse("barrier.cluster.wait without an arrival")
     barrier = warp.cta.cluster.barrier
+    if barrier.generation == generation:
+        barrier.wait(warp)
     return Wait(warp, barrier, lambda: barrier.generation != generation)
