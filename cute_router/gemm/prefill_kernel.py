@@ -292,7 +292,7 @@ class PrefillKernel:
         self.meet.arrive_and_wait()
         self.mainloop.enter(s)
         if cutlass.const_expr(not self.all_multiply):
-            if tid >= c.mma_threads:
+            if tid >= c.mma_threads:  # the others do so behind their product
                 wait_for_peers(c.cluster)
         for turn in cutlass.range(tiles.count):
             self.tile(s, tiles, turn, tid)

@@ -1,7 +1,7 @@
 """Asynchronous operations and the policies that decide when they happen.
 
     eager     at once
-    lazy      only when no warp can run, the newest first
+    lazy      only when no warp can run, the newest first; the barrier of a cluster opens as late
     random    at any time in any order; warps are slow and fast, clusters start late, and an
               arbitrary lane is elected
 
