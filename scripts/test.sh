@@ -6,5 +6,6 @@ need test
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-# Two files at a time: a file compiles its kernels once.
-exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
+# Two files at a time: a file compiles its kernels once. By name: files with few tests, which would
+# come last, are not the short ones.
+exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -7,7 +7,7 @@ from ptx_sim.access import global_array, word_count
 from ptx_sim.errors import Hazard, Misuse, Unsupported
 from ptx_sim.lanes import Lanes
 from ptx_sim.proxies import STRANGERS
-from ptx_sim.races import COPIES, Words
+from ptx_sim.races import COPIES, Words, runs
 from ptx_sim.warp import Warp
 
 # --- cp.async ------------------------------------------------------------------------------------
@@ -20,7 +20,7 @@ def copy_async(warp: Warp, line: int, m: Lanes, opcode: str, to, source, whole, 
         raise Unsupported(f"{opcode} of neither 16 bytes nor none")
     reads = m & (size == 16)
     shared, array = warp.cta.shared, global_array(warp, source, reads) if reads.any() else None
-    words = Words.of_operation(Words.of(shared.index(to, m, 4), 4, m).at)  # or out of bounds
+    words = Words.of_operation(runs(shared.index(to, m, 4), 4, m))  # or out of bounds
     access = warp.access(COPIES, m)
     if array is not None:
         array.index(source, reads, 4)
@@ -71,11 +71,10 @@ def store_async(warp: Warp, line: int, m: Lanes, opcode: str, address, value, ba
 
         def arrive(cta=cta, active=active, target=target, access=access) -> None:
             cta.alive(f"a st.async of {warp} arrives")
+            first = cta.shared.store_generic(address, active, values, STRANGERS, warp.tick())
             if warp.machine.races:
-                first = cta.shared.index(address, active, len(values))
-                at = Words.of(first, len(values), active).at
+                at = runs(first, len(values), active)
                 cta.history.writes(access, Words.of_operation(at))
-            cta.shared.store_generic(address, active, values, STRANGERS, warp.tick())
             signal = cta.barrier(target)
             signal.remote |= cta is not warp.cta
             size = 4 * len(values) * int(active.sum())

@@ -10,6 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from ptx_sim.errors import Misuse, OutOfBounds
+from ptx_sim.lanes import ALL
 from ptx_sim.proxies import Proxies
 
 SHARED_BASE = 1024
@@ -33,9 +34,9 @@ class Region:
         """Where the n bytes at each address are; those of inactive lanes count for nothing."""
         kind = addresses.dtype.type
         offsets = addresses - kind(self.base)
-        if not m.all():
+        if m is not ALL and not m.all():
             offsets = np.where(m, offsets, kind(0))
-        if ((offsets & kind(n - 1)) | (offsets > self.size - n)).any():
+        if np.bitwise_or.reduce(offsets) & kind(n - 1) or offsets.max() > self.size - n:
             raise OutOfBounds(
                 f"{self.name}: {n} bytes at offsets {offsets.min():#x} to {offsets.max():#x}"
                 f" of {self.size}: outside, or misaligned"
@@ -82,7 +83,7 @@ class Region:
         Returns the first word of each lane.
         """
         index = self.index(addresses, m, len(values))
-        whole = m.all()
+        whole = m is ALL or m.all()
         for i, value in enumerate(values):
             at = index + index.dtype.type(i)
             if whole:
@@ -107,10 +108,11 @@ class Shared(Region):
         values: tuple[np.ndarray, ...],
         writers: np.ndarray,
         now: int,
-    ) -> None:
+    ) -> np.ndarray:
         """`store` by threads, at time `now`."""
         index = self.store(addresses, m, values)
         self.proxies.stored(index[m], len(values), writers[m], now)
+        return index
 
     def store_narrow(
         self,

@@ -24,6 +24,7 @@ from ptx_sim.errors import Hazard
 LANES, COPIES, PRODUCTS = range(3)  # the agents of a warp
 AGENTS = 3
 ANY = np.uint32(0xFFFFFFFF)  # all lanes, or what has none
+BITS = np.uint32(1) << np.arange(32, dtype=np.uint32)
 
 
 class Clock:
@@ -75,6 +76,12 @@ class Access(NamedTuple):
         return self.agent % AGENTS == LANES
 
 
+def runs(first: np.ndarray, n: int, m: np.ndarray) -> np.ndarray:
+    """Where the n words of each active lane are, from its own first one on."""
+    at = first[m].astype(np.int64)
+    return at if n == 1 else (at + np.arange(n)[:, None]).ravel()
+
+
 class Words(NamedTuple):
     """Words of a CTA's shared memory, each with the lanes that touch it."""
 
@@ -84,9 +91,8 @@ class Words(NamedTuple):
     @classmethod
     def of(cls, first: np.ndarray, n: int, m: np.ndarray) -> "Words":
         """n words of each active lane, from its own first one on."""
-        active = np.flatnonzero(m)
-        at = first[active].astype(np.int64)[None, :] + np.arange(n)[:, None]
-        return cls(at.ravel(), np.tile(np.uint32(1) << active.astype(np.uint32), n))
+        bits = BITS[m]
+        return cls(runs(first, n, m), bits if n == 1 else np.concatenate((bits,) * n))
 
     @classmethod
     def of_operation(cls, at: np.ndarray) -> "Words":
