@@ -40,9 +40,9 @@ def draw(counter: cute.Pointer, last: int) -> Int32:
 def wait_for_peers(cluster: cutlass.Constexpr) -> None:
     """Wait until the barriers of all CTAs of the cluster are initialised (barrier.cluster).
 
-    Every warp that stays waits once, and before any work that another's wait is ahead of. The
-    hardware asks only for arrivals, but under compute-sanitizer's racecheck no wait ends before all
-    threads wait or have exited.
+    Every warp that stays waits once, and no wait may need work that another warp does behind its
+    own: the hardware asks only for arrivals, but under compute-sanitizer's racecheck no wait ends
+    before all threads wait or have exited.
     """
     if cutlass.const_expr(cluster > 1):
         cute.arch.cluster_wait()

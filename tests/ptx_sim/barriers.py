@@ -102,8 +102,8 @@ class NamedBarrier(Condition):
 class ClusterBarrier(Condition):
     """barrier.cluster: every warp of the cluster arrives or has exited.
 
-    Where `all_wait`, it opens only when every one waits as well, as under racecheck: there, work
-    between arrival and wait that another's wait is ahead of is never done.
+    Where `all_wait`, it opens only when every one waits as well, as under racecheck: there, a wait
+    that needs work which another warp does behind its own never ends.
     """
 
     def __init__(self, warps: int, agents: int, *, all_wait: bool):
