@@ -46,7 +46,6 @@ CASES = [
     Case("token tiles in turns", 160, 200, 9000),
     # Racecheck reports this one, wrongly as it seems: see the correctness runs in docs/perf_log.md.
     Case("logits over the ring", 256, 512, 4000),
-    Case("logits over the ring", 256, 512, 4000),  # racecheck errs here, see docs/perf_log.md
 ]
 
 SIZES = [

@@ -16,7 +16,7 @@ from cute_router.gemm.config import DecodeConfig
 from cute_router.spec import RouterSpec
 
 WIDE = os.environ.get("CUTE_ROUTER_PTX_SIM") == "wide"
-RANDOM = [f"random{seed}" for seed in range(20 if WIDE else 3)]
+RANDOM = [f"random{seed}" for seed in range(20 if WIDE else 5)]
 ORDERS = ["eager", "lazy", *RANDOM]
 
 V3_GROUPS = {"top_k": 8, "scoring": "sigmoid", "n_group": 8, "topk_group": 4}

@@ -260,10 +260,10 @@ class PrefillKernel:
     @cute.jit
     def load_behind(self, atom_x, atom_w, loads, s: Shared, tiles: Tiles, block: Int32) -> None:
         """Load a block to where another one was."""
+        c = self.cfg
         self.wait_free(s, block)
-        stage, tile_bytes = block % self.cfg.stages, self.cfg.tile_bytes
         with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive_and_expect_tx(s.full + stage, tile_bytes)
+            cute.arch.mbarrier_arrive_and_expect_tx(s.full + block % c.stages, c.tile_bytes)
         self.load_tokens(atom_x, loads, s, tiles, block)
         self.load_weights(atom_w, loads, s, tiles, block)
 

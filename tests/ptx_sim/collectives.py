@@ -45,6 +45,5 @@ def vote(warp: Warp, line: int, m: Lanes, opcode: str, predicate: Lanes, _mask: 
     if opcode == "vote.sync.any.pred":
         return (np.full(lanes.WARP, predicate.any()),)
     if opcode == "vote.sync.ballot.b32":
-        bits = np.packbits(predicate, bitorder="little").view(np.uint32)
-        return (lanes.constant(int(bits[0]), "u4"),)
+        return (lanes.constant(lanes.mask(predicate), "u4"),)
     raise Unsupported(opcode)

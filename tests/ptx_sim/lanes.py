@@ -6,7 +6,8 @@ Lanes = np.ndarray  # one value for each lane
 WARP = 32
 ALL = np.ones(WARP, bool)  # tested by identity: every lane is active
 LANES = np.arange(WARP, dtype=np.uint32)
-ALL.flags.writeable = LANES.flags.writeable = False
+BITS = np.uint32(1) << LANES  # of each in a mask
+ALL.flags.writeable = LANES.flags.writeable = BITS.flags.writeable = False
 
 DTYPES = {
     "p": np.dtype(bool),
@@ -21,6 +22,11 @@ DTYPES = {
     "i8": np.dtype(np.int64),
 }
 # A 16-bit float's bits as fp32, which is exact.
+
+
+def mask(m: Lanes) -> int:
+    """The active lanes as bits."""
+    return int(np.packbits(m, bitorder="little").view(np.uint32)[0])
 
 
 def register_type(name: str) -> str:

@@ -20,11 +20,11 @@ from typing import NamedTuple
 import numpy as np
 
 from ptx_sim.errors import Hazard
+from ptx_sim.lanes import BITS
 
 LANES, COPIES, PRODUCTS = range(3)  # the agents of a warp
 AGENTS = 3
 ANY = np.uint32(0xFFFFFFFF)  # all lanes, or what has none
-BITS = np.uint32(1) << np.arange(32, dtype=np.uint32)
 
 
 class Clock:

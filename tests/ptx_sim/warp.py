@@ -148,7 +148,7 @@ class Warp:
         """What lanes `m` know, their own accesses among it."""
         clock = self.clock.copy()
         clock.part[self.agent] = self.machine.time
-        clock.lanes[self.agent] = np.packbits(m, bitorder="little").view(np.uint32)[0]
+        clock.lanes[self.agent] = lanes.mask(m)
         return clock
 
     def relaxed(self) -> Clock:
