@@ -44,7 +44,6 @@ CASES = [
     Case("short lists", 300, 72, 4500, top_k=8),
     Case("more K than shared memory holds", 256, 16384, 64),
     Case("token tiles in turns", 160, 200, 9000),
-    # Racecheck reports this one, wrongly as it seems: see the correctness runs in docs/perf_log.md.
     Case("logits over the ring", 256, 512, 4000),
 ]
 

@@ -3,6 +3,7 @@
 Simulated means functionally, on a CPU, by the PTX ISA as `ptx_sim` reads it; no GPU takes part.
 """
 
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -11,7 +12,7 @@ import oracle
 import pytest
 import torch
 from cases import ROWS, Case, draw
-from ptx_sim.errors import Misuse
+from ptx_sim.errors import Hazard, Misuse
 from ptx_sim.launch import ptx_of
 from ptx_sim.launch_prefill import simulate_prefill
 from ptx_sim.problem import assert_same, exact_inputs, expected, options_of
@@ -156,6 +157,15 @@ def test_a_reader_that_does_not_say_that_there_is_room_is_noticed(config):
     inputs = exact_inputs(config.spec, 2 * config.tile_tokens, ties=False)
     with pytest.raises(Exception, match="deadlock"):
         simulate_prefill(config, *inputs, policy="random0", ptx=ptx)
+
+
+@pytest.mark.parametrize("config", [CONFIGS[i][0] for i in (4, 5, 6)], ids=name_of)
+def test_logits_over_a_ring_that_others_still_read_are_noticed(config):
+    wait = r"mbarrier\.try_wait\.parity\.acquire\.cluster[^;]*;"  # the first one is for room
+    ptx = re.sub(wait, "setp.eq.u32 p, 0, 0;", ptx_of(config), count=1)
+    inputs = exact_inputs(config.spec, config.tile_tokens, ties=False)
+    with pytest.raises(Hazard, match="an MMA reads what was stored"):
+        simulate_prefill(config, *inputs, policy="random1", ptx=ptx)
 
 
 def test_accumulators_that_are_not_said_to_be_read_are_not_written_again():

@@ -204,6 +204,11 @@ class PrefillConfig:
         return self.cluster < 8
 
     @property
+    def room_arrivals(self) -> int:
+        """Arrivals that tell a CTA of room: of owners, or of all warps whose product was there."""
+        return self.cluster * (self.mma_threads // WARP if self.overlay else 1)
+
+    @property
     def token_bytes(self) -> int:
         """Bytes that are sent to a token's owner: of logits, parts of their sums, or lists."""
         sent = 2 * LIST if self.shortlists else self.tile_experts

@@ -16,7 +16,6 @@ from abc import ABC, abstractmethod
 
 import cutlass
 import cutlass.cute as cute
-import cutlass.pipeline as pipeline
 from cutlass import Float32, Int32
 
 from cute_router.gemm.prefill_config import PrefillConfig
@@ -30,8 +29,6 @@ from cute_router.gemm.ptx import (
     wait_for_peers,
 )
 
-MULTIPLIED_BARRIER = 3  # named barrier of the threads that hold accumulators
-
 
 class Exchange(ABC):
     """From accumulators to the owners' shared memory."""
@@ -41,7 +38,6 @@ class Exchange(ABC):
         self.vector = mainloop.vector  # experts of a run
         self.rows = mainloop.rows
         self.meet = meet  # named barrier of the epilogue's threads
-        self.multiplied = pipeline.NamedBarrier(MULTIPLIED_BARRIER, config.mma_threads)
 
     @abstractmethod
     def send(self, s: Shared, tiles: Tiles, turn: Int32, pieces: Pieces) -> None:
@@ -58,26 +54,25 @@ class Exchange(ABC):
                 cute.arch.mbarrier_arrive_and_expect_tx(s.part, sent)
 
     @cute.jit
-    def open(self, s: Shared, turn: Int32, tid: Int32) -> None:
+    def open(self, s: Shared, turn: Int32) -> None:
         """Wait until the owners have room for what comes of tile `turn`."""
         if turn == 0:
             wait_for_peers(self.cfg.cluster)
         if cutlass.const_expr(self.cfg.overlay):
-            self.multiplied.arrive_and_wait()
-            self.say_room(s, tid, arrive_relaxed_at_peer)  # behind the fence of the last `close`
-            if cutlass.const_expr(self.cfg.cluster > 1):
-                wait_cluster(s.room, turn % 2)
+            # Each warp by itself, behind its product and the fence of the last `close`. Met they
+            # first, while others wait at `meet`, racecheck would take their logits for races.
+            self.say_room(s, cute.arch.lane_idx(), arrive_relaxed_at_peer)
+            wait_cluster(s.room, turn % 2)
         elif cutlass.const_expr(self.cfg.cluster > 1):
             if turn > 0:
                 wait_cluster(s.room, (turn - 1) % 2)
 
     @cute.jit
-    def say_room(self, s: Shared, tid: Int32, arrive: cutlass.Constexpr) -> None:
+    def say_room(self, s: Shared, thread: Int32, arrive: cutlass.Constexpr) -> None:
         """Tell the cluster that there is room here; `arrive` says so to a peer."""
-        if cutlass.const_expr(self.cfg.cluster > 1):
-            if tid < self.cfg.cluster:
-                arrive(s.room, tid)
-            cute.arch.sync_warp()  # what follows takes whole warps
+        if thread < self.cfg.cluster:
+            arrive(s.room, thread)
+        cute.arch.sync_warp()  # what follows takes whole warps
 
     @cute.jit
     def wait(self, s: Shared, turn: Int32) -> None:
@@ -91,10 +86,11 @@ class Exchange(ABC):
     def close(self, s: Shared, tid: Int32) -> None:
         """This owner has read it: let the next ones come, or the next loads."""
         self.meet.arrive_and_wait()
-        if cutlass.const_expr(not self.cfg.overlay):
-            self.say_room(s, tid, arrive_at_peer)
-        elif cutlass.const_expr(self.cfg.cluster > 1):
-            cute.arch.fence_acq_rel_cluster()  # once, and not with every arrival at a peer
+        if cutlass.const_expr(self.cfg.cluster > 1):
+            if cutlass.const_expr(self.cfg.overlay):
+                cute.arch.fence_acq_rel_cluster()  # once, and not with every arrival at a peer
+            else:
+                self.say_room(s, tid, arrive_at_peer)
 
 
 class LogitExchange(Exchange):

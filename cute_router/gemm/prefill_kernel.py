@@ -19,7 +19,7 @@
     done[b]     mma -> epilogue (sm_100)       1 (tcgen05.commit)           -
     drained[b]  epilogue -> mma (sm_100)       its warps                    -
     part        cluster -> owner's epilogue    1                            owned tokens' part
-    room        owners -> cluster's epilogues  CTAs of the cluster          -
+    room        owners -> cluster's epilogues  CTAs, or all their warps     -
 
 A CTA waits for everything that others send it, so that none exits too early and no barrier of the
 cluster stands at the end.
@@ -221,7 +221,7 @@ class PrefillKernel:
                 cute.arch.mbarrier_init(s.done + buffer, 1)
                 cute.arch.mbarrier_init(s.drained + buffer, c.epilogue_threads // WARP)
             cute.arch.mbarrier_init(s.part, 1)
-            cute.arch.mbarrier_init(s.room, c.cluster)
+            cute.arch.mbarrier_init(s.room, c.room_arrivals)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_warp()  # the lane elected next may be another
         with cute.arch.elect_one():

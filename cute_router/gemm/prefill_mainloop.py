@@ -60,7 +60,7 @@ class Pieces(NamedTuple):
 class Sink(Protocol):
     """Where sums go (`gemm.prefill_exchange`)."""
 
-    def open(self, s: Shared, turn: Int32, tid: Int32) -> None:
+    def open(self, s: Shared, turn: Int32) -> None:
         """Wait until there is room for what comes of tile `turn`."""
 
     def send(self, s: Shared, tiles: Tiles, turn: Int32, pieces: Pieces) -> None:

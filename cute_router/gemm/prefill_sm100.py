@@ -84,7 +84,7 @@ class PrefillSm100(Tcgen05Operands, PrefillMainloop):
         copy = tcgen05.make_tmem_copy(cute.make_copy_atom(op, Float32), tChunks[None, None, 0, 0])
         thr = copy.get_slice(tid)
         coords = thr.partition_D(cute.make_identity_tensor(shape))
-        sink.open(s, turn, tid)
+        sink.open(s, turn)
         buffers = self.cfg.buffers
         cute.arch.mbarrier_wait(s.done + turn % buffers, turn // buffers % 2)
         cute.arch.inline_ptx("tcgen05.fence::after_thread_sync;")

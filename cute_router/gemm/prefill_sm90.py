@@ -65,7 +65,7 @@ class PrefillSm90(WgmmaOperands, PrefillMainloop):
             at = [coords[i] for i in range(0, cute.size(rSum), 2)]
         else:
             rSum, at = self.pair(rSum, coords)
-        sink.open(s, turn, tid)
+        sink.open(s, turn)
         sink.send(s, tiles, turn, Pieces(1, lambda _: (rSum, at)))
 
     def pair(self, rSum: cute.Tensor, coords: cute.Tensor) -> tuple[cute.Tensor, list[Start]]:
