@@ -1,4 +1,4 @@
-"""The contenders at one point: each is first held to what is right, then timed."""
+"""The contenders at one point: each is first held to what is right, then timed in turns."""
 
 import json
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from problem import FACTOR, TOP_K, Call
-from timing import METHOD, graph_us
+from timing import METHOD, captured, replay_us
 from torch import Tensor
 
 from cute_router import reference
@@ -21,14 +21,13 @@ def contest(
     calls: dict[str, Call], wrong: Judge, buffers: int
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Microseconds of the contenders that are right, and why the others have none."""
-    us: dict[str, float] = {}
-    absent: dict[str, str] = {}
+    graphs, absent = {}, {}
     for name, call in calls.items():
         try:
             found = (wrong(name, call(i), i) for i in range(min(SETS_CHECKED, buffers)))
             fault = next(filter(None, found), None)
             if fault is None:
-                us[name] = graph_us(call, buffers)
+                graphs[name] = captured(call, buffers)
             else:
                 absent[name] = f"wrong result: {fault}"
         except Exception as error:
@@ -36,9 +35,9 @@ def contest(
                 raise
             # A peer that breaks is no reason to lose the rest.
             absent[name] = reason(error)
-    if OURS not in us:
+    if OURS not in graphs:
         raise SystemExit(f"{OURS}: {absent[OURS]}")
-    return us, absent
+    return dict(zip(graphs, replay_us(*graphs.values()), strict=True)), absent
 
 
 def made(

@@ -3,7 +3,7 @@
     python benchmarks/selection.py
     python benchmarks/selection.py --only topk gate --json out.json
 
-What is timed is first held to the reference, then timed by `timing.graph_us`: in a graph of calls
+What is timed is first held to the reference, then timed (`timing.replay_us`): in a graph of calls
 that follow one another, ours under programmatic dependent launch. Tensors rotate past the L2 cache,
 as far as MOST_SETS of them do; smaller ones are in it, as logits are that were just written.
 

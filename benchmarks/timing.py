@@ -1,9 +1,11 @@
 """How everything here is timed, and the record of where.
 
 Device time: one CUDA graph of at least 20 calls, replayed 30 times; the median time of a replay
-over its number of calls. The calls rotate through buffers that together exceed the L2 cache, as the
-weights of a model's layers do. Host time: the wall clock over batches of calls that nothing waits
-for in between, each short enough to fit the launch queue.
+over its number of calls. Contenders take turns, 10 replays at a time: large products run into the
+card's power limit, and what took 64 us has taken 72 a quarter of a minute earlier. The calls rotate
+through buffers that together exceed the L2 cache, as the weights of a model's layers do. Host time:
+the wall clock over batches of calls that nothing waits for in between, each short enough to fit the
+launch queue.
 """
 
 import datetime
@@ -15,19 +17,21 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 import cute_router
 
 CALLS = 20  # in one graph, at least
-REPLAYS = 30
+ROUNDS, REPLAYS = 3, 10  # of every graph in each round
 ROTATED_BYTES = 80 * 2**20  # an H200's L2 holds 60 MB
 HOST_CALLS = 200  # in one batch; the launch queue holds about 1,000
 HOST_BATCHES = 30
 
 METHOD = (
-    f"one CUDA graph of at least {CALLS} calls, replayed {REPLAYS} times, median time per call;"
+    f"one CUDA graph of at least {CALLS} calls, replayed {REPLAYS} times in each of {ROUNDS} rounds"
+    " in which contenders take turns, median time per call;"
     f" buffers rotate through at least {ROTATED_BYTES // 2**20} MiB"
 )
 PACKAGES = ("torch", "nvidia-cutlass-dsl", "apache-tvm-ffi", "triton")
@@ -38,8 +42,15 @@ def buffers_for(nbytes: int) -> int:
     return max(2, math.ceil(ROTATED_BYTES / nbytes))
 
 
-def graph_us(call: Callable[[int], object], buffers: int) -> float:
-    """Median microseconds of `call(i)`, with i rotating through range(buffers)."""
+class Captured(NamedTuple):
+    """Calls to be replayed."""
+
+    graph: torch.cuda.CUDAGraph
+    calls: int
+
+
+def captured(call: Callable[[int], object], buffers: int) -> Captured:
+    """A graph of `call(i)`, with i rotating through range(buffers)."""
     calls = max(buffers, CALLS)
     # Whatever compiles or allocates once does so here: in a capture it could not. A side stream,
     # because libraries keep workspaces for each stream and captures use another one too.
@@ -54,17 +65,29 @@ def graph_us(call: Callable[[int], object], buffers: int) -> float:
     with torch.cuda.graph(graph):
         for i in range(calls):
             call(i % buffers)
-    for _ in range(3):
-        graph.replay()
+    return Captured(graph, calls)
+
+
+def replay_us(*contenders: Captured) -> list[float]:
+    """Median microseconds of a call of each; they take turns."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    times: list[float] = []
-    for _ in range(REPLAYS):
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / calls)
-    return statistics.median(times)
+    times: list[list[float]] = [[] for _ in contenders]
+    for _ in range(ROUNDS):
+        for (graph, calls), mine in zip(contenders, times, strict=True):
+            for _ in range(3):
+                graph.replay()
+            for _ in range(REPLAYS):
+                start.record()
+                graph.replay()
+                end.record()
+                end.synchronize()
+                mine.append(start.elapsed_time(end) * 1e3 / calls)
+    return [statistics.median(mine) for mine in times]
+
+
+def graph_us(call: Callable[[int], object], buffers: int) -> float:
+    """Median microseconds of `call(i)` by itself, with i rotating through range(buffers)."""
+    return replay_us(captured(call, buffers))[0]
 
 
 def host_us(*calls: Callable[[], object]) -> list[float]:

@@ -70,6 +70,74 @@ def test_imports_are_timed_in_processes_of_their_own(host, name):
     assert not compiler
 
 
+# --- benchmarks/contest.py ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def contest(monkeypatch):
+    """The module, with a clock in place of CUDA graphs: 1 us a call of the first, 2 of the next."""
+    module = benchmark("contest")
+    monkeypatch.setattr(module, "captured", lambda call, buffers: (call, buffers))
+    monkeypatch.setattr(module, "replay_us", lambda *graphs: [1.0 + i for i in range(len(graphs))])
+    return module
+
+
+def test_only_contenders_that_are_right_are_timed(contest):
+    def broken(i):
+        raise RuntimeError("no such kernel\nand more")
+
+    calls = {
+        contest.OURS: lambda i: i,
+        "off": lambda i: 2 * i,
+        "broken": broken,
+        "peer": lambda i: i,
+    }
+    us, absent = contest.contest(
+        calls, lambda name, found, i: None if found == i else f"{found} for {i}", buffers=9
+    )
+    assert us == {contest.OURS: 1.0, "peer": 2.0}
+    assert absent == {"off": "wrong result: 2 for 1", "broken": "RuntimeError: no such kernel"}
+
+
+def test_a_contest_without_us_is_none(contest):
+    with pytest.raises(SystemExit, match="wrong result: all of it"):
+        contest.contest({contest.OURS: lambda i: i}, lambda *_: "all of it", buffers=2)
+    with pytest.raises(ZeroDivisionError):
+        contest.contest({contest.OURS: lambda i: 1 // i}, lambda *_: None, buffers=2)
+
+
+def test_contenders_take_turns_and_the_median_of_all_replays_counts(monkeypatch):
+    timing = benchmark("timing")
+    now, log = [0.0], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.at = None
+
+        def record(self):
+            self.at = now[0]
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    class Graph:
+        def __init__(self, name, ms):
+            self.name, self.ms = name, ms
+
+        def replay(self):
+            log.append(self.name)
+            slow = len(log) > 26  # the second round and the third
+            now[0] += self.ms * (2 if slow else 1)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    contenders = timing.Captured(Graph("a", 1.0), 10), timing.Captured(Graph("b", 3.0), 20)
+    assert timing.replay_us(*contenders) == [200.0, 300.0]
+    assert "".join(log) == ("a" * 13 + "b" * 13) * 3
+
+
 # --- benchmarks/router.py -----------------------------------------------------------------------
 
 
@@ -147,6 +215,14 @@ def test_a_wrong_last_token_is_seen_before_the_router_is_timed(router, N):
     assert router.disagreement((weights[:-1], ids[:-1]), problem, 0) is not None
     weights[-1, 2] *= 1.001
     assert router.disagreement((weights, ids), problem, 0) is not None
+
+
+def test_wrong_logits_are_seen_before_the_product_is_timed(router):
+    problem = problem_of(router, 700)
+    logits = router.reference.logits(problem.xs[0], problem.Ws[0]).float()
+    assert router.miscalculated(logits, problem, 0) is None
+    logits[-1, 2] += 1e-3
+    assert router.miscalculated(logits, problem, 0) is not None
 
 
 @pytest.mark.parametrize(
