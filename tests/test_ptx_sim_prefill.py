@@ -50,6 +50,8 @@ CONFIGS = [
     (PrefillConfig(RouterSpec(144, 712), "sm_90a", 64, 4, 4, 3, 1, 32), 70),
     (PrefillConfig(RouterSpec(144, 712), "sm_90a", 128, 2, 8, 2, 1, 16, overlay=True), 150),
     (PrefillConfig(RouterSpec(144, 712), "sm_100a", 128, 4, 4, 3, 1, 16), 150),
+    (PrefillConfig(RouterSpec(144, 520), "sm_90a", 64, 2, 4, 2, 1, 32, overlay=True), 140),
+    (PrefillConfig(RouterSpec(100, 520), "sm_90a", 64, 3, 3, 2, 1, 32, overlay=True), 140),
 ]
 
 # The same with short lists. Owners have as many tokens as their warps look at, and fewer.

@@ -8,8 +8,8 @@ The r-th CTA of a cluster owns the r-th slice of the tile's tokens. What it gets
 by st.async, which counts its bytes on the owner's barrier `part`; what is its own a CTA stores, and
 its threads meet, but in large clusters it sends that too. Before any may come, every owner has told
 every CTA of the cluster that there is `room`: where they have a place of their own, that those of
-the last tile have been read; where they take that of the ring, that the product is complete, which
-has emptied it.
+the last tile have been read; where they take that of the ring, each of its warps tells that its own
+product is complete: all of them have emptied it.
 """
 
 from abc import ABC, abstractmethod
@@ -79,6 +79,8 @@ class Exchange(ABC):
         """Wait until all is here of the owned tokens of tile `turn`."""
         if cutlass.const_expr(self.cfg.stores_own):
             self.meet.arrive_and_wait()
+        elif cutlass.const_expr(self.cfg.overlay):
+            wait_cluster(s.room, turn % 2)  # warps that multiply nothing, for those that do
         if cutlass.const_expr(self.cfg.cluster > 1):
             wait_cluster(s.part, turn % 2)
 

@@ -19,7 +19,7 @@
     done[b]     mma -> epilogue (sm_100)       1 (tcgen05.commit)           -
     drained[b]  epilogue -> mma (sm_100)       its warps                    -
     part        cluster -> owner's epilogue    1                            owned tokens' part
-    room        owners -> cluster's epilogues  CTAs, or all their warps     -
+    room        owners -> cluster's epilogues  CTAs, or warps that multiply -
 
 A CTA waits for everything that others send it, so that none exits too early and no barrier of the
 cluster stands at the end.
