@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from problem import FACTOR, TOP_K, Call
-from timing import METHOD, captured, replay_us
+from timing import METHOD, Captured, captured, replay_us
 from torch import Tensor
 
 from cute_router import reference
@@ -21,7 +21,8 @@ def contest(
     calls: dict[str, Call], wrong: Judge, buffers: int
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Microseconds of the contenders that are right, and why the others have none."""
-    graphs, absent = {}, {}
+    graphs: dict[str, Captured] = {}
+    absent: dict[str, str] = {}
     for name, call in calls.items():
         try:
             found = (wrong(name, call(i), i) for i in range(min(SETS_CHECKED, buffers)))
