@@ -8,10 +8,13 @@ import os
 import random
 
 import pytest
+import torch
+from oracle import assert_gated
 from ptx_sim.launch import simulate
 from ptx_sim.launch_prefill import simulate_prefill
-from ptx_sim.problem import assert_same, exact_inputs, expected
+from ptx_sim.problem import exact_inputs, options_of
 
+from cute_router import reference
 from cute_router.gemm.config import TILE_K, DecodeConfig, runs
 from cute_router.gemm.config import can_implement as can_decode
 from cute_router.gemm.prefill_config import PrefillConfig
@@ -79,10 +82,15 @@ def first_that_runs(make, can_implement, draw: random.Random):
 
 
 def check(simulated, config, N: int, draw: random.Random) -> None:
-    """Right in eager order and in another."""
-    inputs = exact_inputs(config.spec, N, ties=draw.random() < 0.5)
-    for order in ("eager", draw.choice(["lazy", f"random{draw.randint(0, 99)}"])):
-        assert_same(simulated(config, *inputs, policy=order), expected(config.spec, *inputs))
+    """Right in eager order and in another, with the same bits.
+
+    Among so many routers there are scores that are closer than fp32 can tell.
+    """
+    x, W, bias = exact_inputs(config.spec, N, ties=draw.random() < 0.5)
+    other = draw.choice(["lazy", f"random{draw.randint(0, 99)}"])
+    eager, again = (simulated(config, x, W, bias, policy=order) for order in ("eager", other))
+    assert_gated(eager, reference.logits(x, W).float(), bias, **options_of(config.spec))
+    assert all(map(torch.equal, eager, again)), f"{other}: not the same bits"
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -176,6 +176,12 @@ ARITHMETIC = {
     "shf.l.wrap.b32 %r9, 0xC0000001, %r1, 1": lambda i: 2 * i + 1,
     "shf.l.wrap.b32 %r9, 0xC0000001, %r1, 34": lambda i: 4 * i + 3,
     "prmt.b32 %r9, %r1, 0x80FF, 0x5C40": lambda i: 0x80FFFF00 | i,
+    "prmt.b32 %r8, %r1, 300, 0x5410; dp2a.lo.u32.u32 %r9, %r8, 0x70503, 2": lambda i: (
+        3 * i + 5 * 300 + 2
+    ),
+    "prmt.b32 %r8, %r1, 300, 0x5410; dp2a.hi.u32.u32 %r9, %r8, 0x6070503, 2": lambda i: (
+        7 * i + 6 * 300 + 2
+    ),
     "bfind.u32 %r9, %r1": lambda i: i.bit_length() - 1,
     "popc.b32 %r9, %r1": int.bit_count,
     "mov.b32 {%rs1, %rs2}, %r1; mov.b32 %r9, {%rs2, %rs1}": lambda i: i << 16,

@@ -133,6 +133,16 @@ def permute(low: np.ndarray, upper: np.ndarray, selector: np.ndarray) -> np.ndar
     return result
 
 
+def dot_halves(halves: np.ndarray, bytes_: np.ndarray, first: int) -> np.ndarray:
+    """dp2a: both halves of a word times two bytes of another, from bit `first` on."""
+    products = (
+        (halves >> np.uint32(16 * i) & np.uint32(0xFFFF))
+        * (bytes_ >> np.uint32(first + 8 * i) & np.uint32(0xFF))
+        for i in range(2)
+    )
+    return next(products) + next(products)
+
+
 def quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """a / b of 32-bit integers, rounded towards zero; 0 for b = 0, of which PTX says nothing."""
     safe = np.where(b == 0, 1, b)

@@ -336,6 +336,9 @@ class Emitter:
         if name == "shf" and parts[1:3] == ["l", "wrap"]:
             a, b, c = (self.value(item, "u4") for item in inputs)
             return kind, f"lanes.funnel({a}, {b}, {c})"
+        if name == "dp2a" and parts[2:] == ["u32", "u32"]:
+            a, b, c = (self.value(item, "u4") for item in inputs)
+            return kind, f"lanes.dot_halves({a}, {b}, {16 * (parts[1] == 'hi')}) + {c}"
         if name == "prmt" and len(parts) == 2:
             a, b, c = (self.value(item, "u4") for item in inputs)
             return kind, f"lanes.permute({a}, {b}, {c})"
