@@ -46,6 +46,7 @@ ROUTERS = [
     router(1024, 32),
 ]
 CONFIGS = [GateConfig(spec, "sm_100a") for spec in ROUTERS]
+CONFIGS += [GateConfig(ROUTERS[3], "sm_100a", dtype) for dtype in ("float16", "bfloat16")]
 CONFIGS += [GateConfig(spec, "sm_90a") for spec in ROUTERS[2:4]]
 CONFIGS += [GateConfig(spec, "sm_80", pdl=False) for spec in (ROUTERS[0], *ROUTERS[2:4])]
 FEW_LANES = [

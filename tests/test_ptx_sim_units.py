@@ -182,6 +182,12 @@ ARITHMETIC = {
     "prmt.b32 %r8, %r1, 300, 0x5410; dp2a.hi.u32.u32 %r9, %r8, 0x6070503, 2": lambda i: (
         7 * i + 6 * 300 + 2
     ),
+    "mov.b16 %rs1, 0x4200; mov.b32 %r8, 0x3F800000; sub.rn.f32.f16 %r9, %rs1, %r8": lambda i: (
+        0x40000000  # 3 - 1
+    ),
+    "mov.b16 %rs1, 0x4040; mov.b32 %r8, 0x3F800000; add.rn.f32.bf16 %r9, %rs1, %r8": lambda i: (
+        0x40800000  # 3 + 1
+    ),
     "bfind.u32 %r9, %r1": lambda i: i.bit_length() - 1,
     "popc.b32 %r9, %r1": int.bit_count,
     "mov.b32 {%rs1, %rs2}, %r1; mov.b32 %r9, {%rs2, %rs1}": lambda i: i << 16,

@@ -300,6 +300,9 @@ class Emitter:
         if name == "setp" and last in HALVES:
             values = [f"lanes.{last}({self.value(item, 'u2')})" for item in inputs]
             return "p", COMPARE_FLOAT[parts[1]].format(*values)
+        if name in ("add", "sub") and parts[1:-1] == ["rn", "f32"] and last in HALVES:  # of fp32
+            a, b = f"lanes.{last}({self.value(inputs[0], 'u2')})", self.value(inputs[1], "f4")
+            return "f4", FLOAT[name].format(a, b)
         if last == "f32x2":  # two of fp32 in a register of 64 bits
             halves = [f"{self.value(item, 'u8')}.view('f4')" for item in inputs]
             return "u8", f"({FLOAT[name].format(*halves)}).view('u8')"
