@@ -252,10 +252,9 @@ def host_cost(problem: Problem) -> dict[str, float]:
 
 def miscalculated(logits: Tensor, problem: Problem, i: int) -> str | None:
     """What is wrong with cuBLAS's logits of set i, or None; of many tokens only some are judged."""
-    rows = rows_checked(problem.N).to(logits.device)
-    x, W = problem.xs[i][rows], problem.Ws[i]
-    bound = 4 * reference.logit_error_bound(x, W)  # of sums longer than those that ours are held to
-    off = int(((logits[rows] - reference.logits(x, W)).abs() > bound).sum())
+    rows, exact, bound = judged(problem, i)
+    bound = 4 * bound  # of sums longer than those that ours are held to
+    off = int(((logits[rows] - exact).abs() > bound).sum())
     return f"{off} logits differ by more than {bound.max():.1e}" if off else None
 
 
@@ -264,11 +263,15 @@ def disagreement(result: tuple[Tensor, Tensor], problem: Problem, i: int) -> str
     weights, ids = result
     if weights.shape != ids.shape or len(ids) != problem.N:
         return f"results of shapes {tuple(weights.shape)} and {tuple(ids.shape)}"
-    rows = rows_checked(problem.N).to(ids.device)
+    rows, exact, bound = judged(problem, i)
+    return misrouted((weights[rows], ids[rows]), exact, problem.bias, bound)
+
+
+def judged(problem: Problem, i: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows of set i that are judged, their fp64 logits, and how far fp32 ones may be off."""
+    rows = rows_checked(problem.N).to(problem.bias.device)
     x, W = problem.xs[i][rows], problem.Ws[i]
-    bound = reference.logit_error_bound(x, W)
-    judged = weights[rows], ids[rows]
-    return misrouted(judged, reference.logits(x, W), problem.bias, bound)
+    return rows, reference.logits(x, W), reference.logit_error_bound(x, W)
 
 
 def rows_checked(N: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 Device time: one CUDA graph of at least 20 calls, replayed 30 times; the median time of a replay
 over its number of calls. Contenders take turns, 10 replays at a time: large products run into the
-card's power limit, and what took 64 us has taken 72 a quarter of a minute earlier. The calls rotate
+card's power limit, and what takes 67 us in one run has taken 72 in the next. The calls rotate
 through buffers that together exceed the L2 cache, as the weights of a model's layers do. Host time:
 the wall clock over batches of calls that nothing waits for in between, each short enough to fit the
 launch queue.

@@ -4,18 +4,15 @@ Simulated means functionally, on a CPU, by the PTX ISA as `ptx_sim` reads it; no
 CUTE_ROUTER_PTX_SIM=wide runs more routers, and each under more random orders.
 """
 
-import os
-
 import oracle
 import pytest
 import torch
 from ptx_sim.launch import simulate
-from ptx_sim.problem import assert_same, chosen, exact_inputs, expected, options_of, shortened
+from ptx_sim.problem import WIDE, assert_same, chosen, exact_inputs, expected, options_of, shortened
 
 from cute_router.gemm.config import DecodeConfig
 from cute_router.spec import RouterSpec
 
-WIDE = os.environ.get("CUTE_ROUTER_PTX_SIM") == "wide"
 RANDOM = [f"random{seed}" for seed in range(20 if WIDE else 5)]
 ORDERS = ["eager", "lazy", *RANDOM]
 

@@ -4,7 +4,6 @@ All that `can_implement` lets through is to be right, in eager order, which look
 another one. CUTE_ROUTER_PTX_SIM=wide draws more; a seed is a configuration's name for good.
 """
 
-import os
 import random
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from oracle import assert_gated
 from ptx_sim.launch import simulate
 from ptx_sim.launch_prefill import simulate_prefill
-from ptx_sim.problem import exact_inputs, options_of
+from ptx_sim.problem import WIDE, exact_inputs, options_of
 
 from cute_router import reference
 from cute_router.gemm.config import TILE_K, DecodeConfig, runs
@@ -21,7 +20,7 @@ from cute_router.gemm.prefill_config import PrefillConfig
 from cute_router.gemm.prefill_config import can_implement as can_prefill
 from cute_router.spec import RouterSpec
 
-SEEDS = range(300 if os.environ.get("CUTE_ROUTER_PTX_SIM") == "wide" else 4)
+SEEDS = range(300 if WIDE else 4)
 GROUPS = {"n_group": 8, "topk_group": 4}
 SPLITS = [(e, k) for e in range(1, 9) for k in range(1, 17) if e * k <= 16]
 

@@ -205,7 +205,7 @@ class PrefillConfig:
 
     @property
     def room_arrivals(self) -> int:
-        """Arrivals that tell a CTA of room: of owners, or of all warps whose product was there."""
+        """Arrivals that tell a CTA of room: of owners, or of all their warps that multiply."""
         return self.cluster * (self.mma_threads // WARP if self.overlay else 1)
 
     @property

@@ -59,7 +59,7 @@ class Exchange(ABC):
         if turn == 0:
             wait_for_peers(self.cfg.cluster)
         if cutlass.const_expr(self.cfg.overlay):
-            # Each warp by itself, behind its product and the fence of the last `close`. Met they
+            # Each warp by itself, behind its product and the fence of the last `close`. If they met
             # first, while others wait at `meet`, racecheck would take their logits for races.
             self.say_room(s, cute.arch.lane_idx(), arrive_relaxed_at_peer)
             wait_cluster(s.room, turn % 2)

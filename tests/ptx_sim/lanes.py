@@ -135,12 +135,8 @@ def permute(low: np.ndarray, upper: np.ndarray, selector: np.ndarray) -> np.ndar
 
 def dot_halves(halves: np.ndarray, bytes_: np.ndarray, first: int) -> np.ndarray:
     """dp2a: both halves of a word times two bytes of another, from bit `first` on."""
-    products = (
-        (halves >> np.uint32(16 * i) & np.uint32(0xFFFF))
-        * (bytes_ >> np.uint32(first + 8 * i) & np.uint32(0xFF))
-        for i in range(2)
-    )
-    return next(products) + next(products)
+    low, high = (bytes_ >> np.uint32(bit) & np.uint32(0xFF) for bit in (first, first + 8))
+    return (halves & np.uint32(0xFFFF)) * low + (halves >> np.uint32(16)) * high
 
 
 def quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:

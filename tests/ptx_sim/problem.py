@@ -1,5 +1,6 @@
 """The decode kernels that are simulated, cut down in K alone, and inputs with exact answers."""
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from cute_router.gemm.config import TILE_K, DecodeConfig
 from cute_router.heuristics import decode_config
 from cute_router.spec import RouterSpec
 
+WIDE = os.environ.get("CUTE_ROUTER_PTX_SIM") == "wide"  # more routers, orders and draws
 ARCH = "sm_100a"
 HIDDEN = 7168  # for which the heuristics are asked
 
