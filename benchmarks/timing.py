@@ -1,11 +1,11 @@
 """How everything here is timed, and the record of where.
 
 Device time: one CUDA graph of at least 20 calls, replayed 30 times; the median time of a replay
-over its number of calls. Contenders take turns, 10 replays at a time: large products run into the
-card's power limit, and what takes 67 us in one run has taken 72 in the next. The calls rotate
-through buffers that together exceed the L2 cache, as the weights of a model's layers do. Host time:
-the wall clock over batches of calls that nothing waits for in between, each short enough to fit the
-launch queue.
+over its number of calls. The calls rotate through buffers that together exceed the L2 cache, as the
+weights of a model's layers do. Contenders take turns, 10 replays at a time, and the card rests
+before each: after some 40 ms of large products an H200 holds itself to its power limit, at up to
+1.2 times the time, and whoever comes next would pay for it. Host time: the wall clock over batches
+of calls that nothing waits for in between, each short enough to fit the launch queue.
 """
 
 import datetime
@@ -25,13 +25,14 @@ import cute_router
 
 CALLS = 20  # in one graph, at least
 ROUNDS, REPLAYS = 3, 10  # of every graph in each round
+REST = 0.1  # seconds before each turn: twice what has been seen to be enough
 ROTATED_BYTES = 80 * 2**20  # an H200's L2 holds 60 MB
 HOST_CALLS = 200  # in one batch; the launch queue holds about 1,000
 HOST_BATCHES = 30
 
 METHOD = (
     f"one CUDA graph of at least {CALLS} calls, replayed {REPLAYS} times in each of {ROUNDS} rounds"
-    " in which contenders take turns, median time per call;"
+    f" in which contenders take turns, {REST} s of rest before each; median time per call;"
     f" buffers rotate through at least {ROTATED_BYTES // 2**20} MiB"
 )
 PACKAGES = ("torch", "nvidia-cutlass-dsl", "apache-tvm-ffi", "triton")
@@ -69,11 +70,12 @@ def captured(call: Callable[[int], object], buffers: int) -> Captured:
 
 
 def replay_us(*contenders: Captured) -> list[float]:
-    """Median microseconds of a call of each; they take turns."""
+    """Median microseconds of a call of each; they take turns, with a card that has rested."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     times: list[list[float]] = [[] for _ in contenders]
     for _ in range(ROUNDS):
         for (graph, calls), mine in zip(contenders, times, strict=True):
+            time.sleep(REST)
             for _ in range(3):
                 graph.replay()
             for _ in range(REPLAYS):

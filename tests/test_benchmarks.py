@@ -106,9 +106,10 @@ def test_a_contest_without_us_is_none(contest):
         contest.contest({contest.OURS: lambda i: 1 // i}, lambda *_: None, buffers=2)
 
 
-def test_contenders_take_turns_and_the_median_of_all_replays_counts(monkeypatch):
+def test_rested_contenders_take_turns_and_the_median_of_all_replays_counts(monkeypatch):
     timing = benchmark("timing")
     now, log = [0.0], []
+    monkeypatch.setattr(timing.time, "sleep", lambda seconds: log.append("-"))
 
     class Event:
         def __init__(self, enable_timing):
@@ -129,13 +130,13 @@ def test_contenders_take_turns_and_the_median_of_all_replays_counts(monkeypatch)
 
         def replay(self):
             log.append(self.name)
-            slow = len(log) > 26  # the second round and the third
+            slow = len(log) > 28  # the second round and the third
             now[0] += self.ms * (2 if slow else 1)
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     contenders = timing.Captured(Graph("a", 1.0), 10), timing.Captured(Graph("b", 3.0), 20)
     assert timing.replay_us(*contenders) == [200.0, 300.0]
-    assert "".join(log) == ("a" * 13 + "b" * 13) * 3
+    assert "".join(log) == ("-" + "a" * 13 + "-" + "b" * 13) * 3
 
 
 # --- benchmarks/router.py -----------------------------------------------------------------------
