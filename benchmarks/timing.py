@@ -29,6 +29,7 @@ REST = 0.1  # seconds before each turn: twice what has been seen to be enough
 ROTATED_BYTES = 80 * 2**20  # an H200's L2 holds 60 MB
 HOST_CALLS = 200  # in one batch; the launch queue holds about 1,000
 HOST_BATCHES = 30
+HOST_SLOW = 1.0  # seconds in which a processor that has slept is slower, up to 1.6 times
 
 METHOD = (
     f"one CUDA graph of at least {CALLS} calls, replayed {REPLAYS} times in each of {ROUNDS} rounds"
@@ -95,16 +96,17 @@ def graph_us(call: Callable[[int], object], buffers: int) -> float:
 def host_us(*calls: Callable[[], object]) -> list[float]:
     """Median microseconds that the calling thread spends in each call.
 
-    Batches take turns: a processor's first second is a slow one.
+    Batches take turns, and those count that start when the processor has been busy for a while.
     """
     times: list[list[float]] = [[] for _ in calls]
-    for batch in range(1 + HOST_BATCHES):
+    began = time.perf_counter()
+    while len(times[-1]) < HOST_BATCHES:
         for call, mine in zip(calls, times, strict=True):
             torch.cuda.synchronize()
             start = time.perf_counter()
             for _ in range(HOST_CALLS):
                 call()
-            if batch > 0:
+            if start - began > HOST_SLOW:
                 mine.append((time.perf_counter() - start) * 1e6 / HOST_CALLS)
     torch.cuda.synchronize()
     return [statistics.median(mine) for mine in times]
