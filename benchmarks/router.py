@@ -47,7 +47,7 @@ from router_result import (
     summary,
     table,
 )
-from timing import environment, graph_us, host_us
+from timing import environment, graph_us
 from torch import Tensor
 
 from cute_router import Routing, activation_topk, dense_decode, reference, route
@@ -72,7 +72,6 @@ def main() -> int:
     print(f"floors: memory read at {bandwidth:.2f} TB/s, {PEAK_TFLOP_S} TFLOP/s bf16", end="\n\n")
 
     results = []
-    host: dict[str, dict[str, float]] = {}
     for E, K in args.shapes:
         Ws = random_weights(E, K)
         w_stream = stream_us(Ws)
@@ -83,9 +82,6 @@ def main() -> int:
                 result.chain_us = chain(problem)
             results.append(result)
             print(result.line(), flush=True)
-        host[f"{E}x{K}"] = host_cost(make_problem(Ws, 1))
-        for how, us in host[f"{E}x{K}"].items():
-            print(f"N=1 E={E} K={K} k={TOP_K} bf16 | host {us:.2f} us per eager call, {how}")
         print()
 
     print(table(results))
@@ -97,7 +93,6 @@ def main() -> int:
             best_recorded_peer=RECORDED_ON,
             floors={"bandwidth_tb_s": round(bandwidth, 3), "peak_tflop_s": PEAK_TFLOP_S},
             results=[result.as_dict() for result in results],
-            host_us=host,
         )
     if args.plot:
         plot(results, title(where), args.plot)
@@ -233,18 +228,6 @@ def chain(problem: Problem) -> dict[str, float]:
     both = graph_us(write_and_route, len(sources))
     alone = graph_us(write, len(sources))
     return {"with": both, "without": alone, "added": both - alone}
-
-
-def host_cost(problem: Problem) -> dict[str, float]:
-    """What a call costs the calling thread."""
-    call = ours(problem)
-    x, W = problem.xs[0], problem.Ws[0]
-
-    def allocating() -> Routing:
-        return dense_decode(x, W, problem.bias, routed_scaling_factor=FACTOR)
-
-    given, allocated = host_us(lambda: call(0), allocating)
-    return {"outputs given": given, "outputs allocated": allocated}
 
 
 # --- correctness --------------------------------------------------------------------------------

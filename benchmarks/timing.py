@@ -29,7 +29,6 @@ REST = 0.1  # seconds before each turn: twice what has been seen to be enough
 ROTATED_BYTES = 80 * 2**20  # an H200's L2 holds 60 MB
 HOST_CALLS = 200  # in one batch; the launch queue holds about 1,000
 HOST_BATCHES = 30
-HOST_SLOW = 1.0  # seconds in which a processor that has slept is slower, up to 1.6 times
 
 METHOD = (
     f"one CUDA graph of at least {CALLS} calls, replayed {REPLAYS} times in each of {ROUNDS} rounds"
@@ -96,17 +95,16 @@ def graph_us(call: Callable[[int], object], buffers: int) -> float:
 def host_us(*calls: Callable[[], object]) -> list[float]:
     """Median microseconds that the calling thread spends in each call.
 
-    Batches take turns, and those count that start when the processor has been busy for a while.
+    Batches take turns: for seconds at a time a processor may be 1.5 times slower.
     """
     times: list[list[float]] = [[] for _ in calls]
-    began = time.perf_counter()
-    while len(times[-1]) < HOST_BATCHES:
+    for batch in range(1 + HOST_BATCHES):
         for call, mine in zip(calls, times, strict=True):
             torch.cuda.synchronize()
             start = time.perf_counter()
             for _ in range(HOST_CALLS):
                 call()
-            if start - began > HOST_SLOW:
+            if batch > 0:
                 mine.append((time.perf_counter() - start) * 1e6 / HOST_CALLS)
     torch.cuda.synchronize()
     return [statistics.median(mine) for mine in times]

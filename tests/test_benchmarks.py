@@ -139,21 +139,6 @@ def test_rested_contenders_take_turns_and_the_median_of_all_replays_counts(monke
     assert "".join(log) == ("-" + "a" * 13 + "-" + "b" * 13) * 3
 
 
-def test_host_time_is_that_of_a_processor_that_has_been_busy(monkeypatch):
-    timing = benchmark("timing")
-    now = [0.0]
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-
-    def taking(us):
-        def call():
-            now[0] += us * 1e-6 * (2 if now[0] < timing.HOST_SLOW else 1)
-
-        return call
-
-    assert timing.host_us(taking(1000), taking(500)) == pytest.approx([1000, 500])
-
-
 # --- benchmarks/router.py -----------------------------------------------------------------------
 
 
