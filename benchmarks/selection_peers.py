@@ -6,7 +6,7 @@ from peers import Gate, imported, sglang_gate, vllm_gate
 from problem import Call
 from torch import Tensor
 
-# Recorded 2026-11 on an H200 by the same method: microseconds by (rows, length, k) or by N.
+# Recorded 2026-11 on an H200, each alone: microseconds by (rows, length, k) or by N.
 # FlashInfer 0.7.2.post1: sorted; sorted, deterministic and ties to the lower index; unsorted.
 # QuACK 0.6.5: powers of two only, without the last bits of a value, k rounded up to 8.
 FLASHINFER = ("FlashInfer sorted", "FlashInfer deterministic", "FlashInfer unsorted")
