@@ -13,7 +13,7 @@ from ptx_sim.problem import WIDE, assert_same, chosen, exact_inputs, expected, o
 from cute_router.gemm.config import DecodeConfig
 from cute_router.spec import RouterSpec
 
-RANDOM = [f"random{seed}" for seed in range(20 if WIDE else 5)]
+RANDOM = [f"random{seed}" for seed in range(20 if WIDE else 2)]
 ORDERS = ["eager", "lazy", *RANDOM]
 
 V3_GROUPS = {"top_k": 8, "scoring": "sigmoid", "n_group": 8, "topk_group": 4}
